@@ -1,0 +1,45 @@
+"""minisd: Stable Diffusion 1.5 from scratch. Start reading at `pipeline.py`.
+
+Letters in shape comments and papers, everywhere in this package:
+
+    B batch    T tokens (77)    N, M positions    C channels    D width of a vector    H, W height and width
+    x   latents of the diffusion process (B, 4, H, W)     t   timestep, 0 (clean) to 999 (noise)
+    z   latents of the VAE, not scaled                    eps noise, or the UNet's idea of it
+    q, k, v   queries, keys, values of attention          x0  the clean latents that x comes from
+
+Importing this package loads nothing else: torch comes with the first name that needs it.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from minisd.checkpoint.errors import CheckpointError as CheckpointError
+    from minisd.config import SD15 as SD15
+    from minisd.pipeline import StableDiffusion as StableDiffusion
+    from minisd.schedulers import DDIMInverseScheduler as DDIMInverseScheduler
+    from minisd.schedulers import DDIMScheduler as DDIMScheduler
+    from minisd.schedulers import DDPMScheduler as DDPMScheduler
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "CheckpointError": "minisd.checkpoint.errors",
+    "SD15": "minisd.config",
+    "StableDiffusion": "minisd.pipeline",
+    "DDIMScheduler": "minisd.schedulers",
+    "DDPMScheduler": "minisd.schedulers",
+    "DDIMInverseScheduler": "minisd.schedulers",
+}
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'minisd' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

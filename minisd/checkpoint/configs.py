@@ -1,0 +1,287 @@
+"""diffusers' config.json <-> minisd's dataclasses.
+
+Three lists for each component: the fields that minisd uses (under its own names), the fields that it knows and accepts
+at one value only, because it does what that value says, and the fields that change nothing here. Anything else is
+reported and ignored. This file needs the standard library only.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from minisd.checkpoint.errors import CheckpointError
+from minisd.config import SD15, TextEncoderConfig, UNetConfig, VAEConfig
+
+
+@dataclass(frozen=True)
+class Fields:
+    """How a component's config.json is read."""
+
+    used: dict[str, tuple[str, Any]]  # diffusers' name -> (minisd's name, the value when the field is absent)
+    neutral: dict[str, Any]  # diffusers' name -> the only value that minisd does
+    silent: frozenset[str]  # fields that do not change any number here
+
+
+UNET = Fields(
+    used={
+        "sample_size": ("sample_size", 64),
+        "in_channels": ("in_channels", 4),
+        "out_channels": ("out_channels", 4),
+        "block_out_channels": ("widths", [320, 640, 1280, 1280]),
+        "layers_per_block": ("resnets_per_level", 2),
+        "attention_head_dim": ("heads", 8),
+        "cross_attention_dim": ("context_width", 1280),
+        "act_fn": ("activation", "silu"),
+        "downsample_padding": ("downsample_padding", 1),
+        "norm_num_groups": ("norm_groups", 32),
+        "norm_eps": ("norm_eps", 1e-5),
+    },
+    neutral={
+        "center_input_sample": False,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "mid_block_scale_factor": 1,
+        "mid_block_only_cross_attention": None,
+        "only_cross_attention": False,
+        "dropout": 0.0,
+        "transformer_layers_per_block": 1,
+        "reverse_transformer_layers_per_block": None,
+        "encoder_hid_dim": None,
+        "encoder_hid_dim_type": None,
+        "num_attention_heads": None,
+        "dual_cross_attention": False,
+        "use_linear_projection": False,
+        "class_embed_type": None,
+        "class_embeddings_concat": False,
+        "addition_embed_type": None,
+        "addition_time_embed_dim": None,
+        "num_class_embeds": None,
+        "upcast_attention": False,
+        "resnet_time_scale_shift": "default",
+        "resnet_skip_time_act": False,
+        "resnet_out_scale_factor": 1.0,
+        "time_embedding_type": "positional",
+        "time_embedding_dim": None,
+        "time_embedding_act_fn": None,
+        "timestep_post_act": None,
+        "time_cond_proj_dim": None,
+        "conv_in_kernel": 3,
+        "conv_out_kernel": 3,
+        "cross_attention_norm": None,
+        "attention_type": "default",
+    },
+    silent=frozenset(
+        {
+            "down_block_types",  # read by read_unet
+            "up_block_types",
+            "addition_embed_type_num_heads",
+            "projection_class_embeddings_input_dim",
+        }
+    ),
+)
+
+VAE = Fields(
+    used={
+        "sample_size": ("sample_size", 32),
+        "in_channels": ("image_channels", 3),
+        "latent_channels": ("latent_channels", 4),
+        "block_out_channels": ("widths", [64]),
+        "layers_per_block": ("resnets_per_level", 1),
+        "act_fn": ("activation", "silu"),
+        "norm_num_groups": ("norm_groups", 32),
+        "scaling_factor": ("scaling_factor", 0.18215),  # absent from early SD 1.x files
+    },
+    neutral={
+        "latents_mean": None,
+        "latents_std": None,
+        "shift_factor": None,
+        "use_quant_conv": True,
+        "use_post_quant_conv": True,
+        "mid_block_add_attention": True,
+    },
+    silent=frozenset({"force_upcast", "out_channels", "down_block_types", "up_block_types"}),
+)
+
+TEXT_ENCODER = Fields(
+    used={
+        "vocab_size": ("vocabulary", 49408),
+        "max_position_embeddings": ("context_length", 77),
+        "hidden_size": ("width", 512),
+        "num_hidden_layers": ("layers", 12),
+        "num_attention_heads": ("heads", 8),
+        "intermediate_size": ("hidden_width", 2048),
+        "hidden_act": ("activation", "quick_gelu"),
+        "layer_norm_eps": ("layer_norm_eps", 1e-5),
+    },
+    neutral={"attention_dropout": 0.0, "dropout": 0.0, "use_attention_mask": False},
+    silent=frozenset(
+        "architectures bos_token_id eos_token_id pad_token_id dtype torch_dtype initializer_factor initializer_range "
+        "model_type projection_dim transformers_version use_cache return_dict output_attentions output_hidden_states "
+        "tie_word_embeddings chunk_size_feed_forward id2label label2id problem_type is_encoder_decoder".split()
+    ),
+)
+
+
+def read_fields(table: Fields, config: Mapping[str, Any], where: str, notes: list[str]) -> dict[str, Any]:
+    """minisd's arguments out of diffusers' fields; unknown fields go to `notes`, unsupported values are errors."""
+    unknown = []
+    for name, value in config.items():
+        if name.startswith("_") or name in table.used or name in table.silent:
+            continue
+        if name not in table.neutral:
+            unknown.append(name)
+        elif value != table.neutral[name] and value is not None:
+            raise CheckpointError(
+                f"{where}: {name}={value!r} is not supported: minisd does {table.neutral[name]!r} only"
+            )
+    if unknown:
+        notes.append(f"{where}: ignored fields that nobody knows: {', '.join(sorted(unknown)[:10])}")
+    arguments = {}
+    for name, (ours, default) in table.used.items():
+        value = config.get(name, default)
+        arguments[ours] = default if value is None else value
+    return arguments
+
+
+def build(kind: Callable[..., Any], arguments: dict[str, Any], where: str) -> Any:
+    """Make the dataclass, with every number in a possible range."""
+    for name, value in arguments.items():
+        if isinstance(value, list):
+            arguments[name] = value = tuple(value)
+        for number in value if isinstance(value, tuple) else (value,):
+            check_number(where, name, number)
+    for name in {field.name for field in fields(kind)} & {"norm_groups", "heads"}:  # type: ignore[arg-type]
+        check_divides(where, arguments, name)
+    return kind(**arguments)
+
+
+MAX_INT = 1 << 20  # no width, depth or vocabulary of this family comes near
+
+
+def check_number(where: str, name: str, value: Any) -> None:
+    """Sizes are small positive integers, epsilons and the scaling factor positive and finite, activations known."""
+    wrong = CheckpointError(f"{where}: {name}={value!r} is impossible")
+    if name == "activation":
+        if value not in ("silu", "gelu", "quick_gelu"):
+            raise CheckpointError(f"{where}: activation {value!r} is not supported: silu, gelu and quick_gelu are")
+    elif name == "attention":
+        if not isinstance(value, bool):
+            raise wrong
+    elif name.endswith("_eps") or name == "scaling_factor":
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+            raise wrong
+    elif name == "downsample_padding":
+        if value not in (0, 1):
+            raise CheckpointError(f"{where}: downsample_padding={value!r} is not supported: 0 and 1 are")
+    elif isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= MAX_INT:
+        raise wrong
+
+
+def check_divides(where: str, arguments: dict[str, Any], name: str) -> None:
+    """Norm groups and heads split every width evenly."""
+    for width in arguments.get("widths", (arguments.get("width"),)):
+        if width % arguments[name]:
+            raise CheckpointError(f"{where}: {name}={arguments[name]} does not divide the width {width}")
+
+
+def read_unet(config: Mapping[str, Any], where: str, notes: list[str]) -> UNetConfig:
+    """unet/config.json -> UNetConfig. A list of equal `layers_per_block` or head counts counts as one number."""
+    arguments = read_fields(UNET, config, where, notes)
+    for name in ("heads", "resnets_per_level", "context_width", "sample_size"):
+        value = arguments[name]
+        if isinstance(value, list) and value and all(item == value[0] for item in value):
+            arguments[name] = value[0]
+        elif isinstance(value, list):
+            raise CheckpointError(f"{where}: {name} differs between levels ({value}), which minisd does not support")
+    down = config.get("down_block_types", ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"])
+    up = config.get("up_block_types", ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3)
+    known = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
+    for block in down if isinstance(down, list) else [down]:
+        if block not in known:
+            raise CheckpointError(f"{where}: the block type {block!r} is not supported")
+    arguments["attention"] = [known[block] for block in down]
+    mirrored = ["CrossAttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(arguments["attention"])]
+    if up != mirrored:
+        raise CheckpointError(f"{where}: up_block_types {up} do not mirror down_block_types {down}")
+    check_levels(where, arguments["widths"], down)
+    arguments |= {"transformer_norm_eps": SD15.unet.transformer_norm_eps, "layer_norm_eps": SD15.unet.layer_norm_eps}
+    return build(UNetConfig, arguments, where)
+
+
+def check_levels(where: str, widths: object, blocks: object) -> None:
+    if not isinstance(widths, list | tuple) or not isinstance(blocks, list) or len(widths) != len(blocks):
+        raise CheckpointError(f"{where}: block_out_channels {widths} and the block types {blocks} disagree")
+
+
+def read_vae(config: Mapping[str, Any], where: str, notes: list[str]) -> VAEConfig:
+    """vae/config.json -> VAEConfig."""
+    arguments = read_fields(VAE, config, where, notes)
+    for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+        blocks = config.get(name, [kind])
+        if not isinstance(blocks, list) or any(block != kind for block in blocks):
+            raise CheckpointError(f"{where}: {name} {blocks} is not supported: a list of {kind} is")
+        check_levels(where, arguments["widths"], blocks)
+    arguments |= {"norm_eps": SD15.vae.norm_eps, "downsample_padding": SD15.vae.downsample_padding}
+    return build(VAEConfig, arguments, where)
+
+
+def read_text_encoder(config: Mapping[str, Any], where: str, notes: list[str]) -> TextEncoderConfig:
+    """text_encoder/config.json -> TextEncoderConfig."""
+    return build(TextEncoderConfig, read_fields(TEXT_ENCODER, config, where, notes), where)
+
+
+READERS: dict[str, Callable[[Mapping[str, Any], str, list[str]], Any]] = {
+    "unet": read_unet,
+    "vae": read_vae,
+    "text_encoder": read_text_encoder,
+}
+
+
+def renamed(table: Fields, config: Any) -> dict[str, Any]:
+    """diffusers' fields out of minisd's dataclass."""
+    values = {name: getattr(config, ours) for name, (ours, _) in table.used.items()}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def write_unet(config: UNetConfig) -> dict[str, Any]:
+    """UNetConfig -> unet/config.json."""
+    down = ["CrossAttnDownBlock2D" if attention else "DownBlock2D" for attention in config.attention]
+    up = ["CrossAttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(config.attention)]
+    blocks = {"down_block_types": down, "up_block_types": up}
+    constants = {name: UNET.neutral[name] for name in ("center_input_sample", "flip_sin_to_cos", "freq_shift")}
+    return {"_class_name": "UNet2DConditionModel", **renamed(UNET, config), **blocks, **constants}
+
+
+def write_vae(config: VAEConfig) -> dict[str, Any]:
+    """VAEConfig -> vae/config.json."""
+    levels = len(config.widths)
+    return {
+        "_class_name": "AutoencoderKL",
+        **renamed(VAE, config),
+        "out_channels": config.image_channels,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+    }
+
+
+def write_text_encoder(config: TextEncoderConfig) -> dict[str, Any]:
+    """TextEncoderConfig -> text_encoder/config.json."""
+    start, end = config.vocabulary - 2, config.vocabulary - 1  # CLIP's two special tokens come last
+    return {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        **renamed(TEXT_ENCODER, config),
+        "projection_dim": config.width,
+        "bos_token_id": start,
+        "eos_token_id": end,
+        "pad_token_id": end,
+    }
+
+
+WRITERS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "unet": write_unet,
+    "vae": write_vae,
+    "text_encoder": write_text_encoder,
+}

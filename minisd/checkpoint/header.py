@@ -1,0 +1,165 @@
+"""The header of a safetensors file: names, dtypes and shapes, without reading one value.
+
+A file is 8 bytes of length (little-endian), that many bytes of JSON, then the tensors' bytes without gaps
+(https://github.com/huggingface/safetensors#format). Files come from the internet, so every claim is checked against
+the file's size before anything is allocated. This file needs the standard library only.
+"""
+
+import json
+import os
+import stat
+import struct
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import BinaryIO
+
+from minisd.checkpoint.errors import CheckpointError
+
+MAX_HEADER = 100_000_000  # bytes, the format's own limit
+
+# dtype -> bits of one element
+DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32,
+    "U64": 64, "I64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+
+# What people find instead of a safetensors file, by its first bytes.
+IMPOSTORS = (
+    (b"version https://git-lfs", "a git-LFS pointer, not the weights: fetch the real file with `git lfs pull`"),
+    (b"<!doctype html", "a web page (HTML), not weights: the download went wrong"),
+    (b"<html", "a web page (HTML), not weights: the download went wrong"),
+    (b"gguf", "a GGUF file: quantised weights that minisd does not read"),
+    (b"pk\x03\x04", "a zip, probably a PyTorch pickle, which may run code when opened: minisd reads safetensors only"),
+    (b"\x80", "a pickle, which may run code when opened: minisd reads safetensors only"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What the header says of one tensor. `start` and `end` count bytes from the beginning of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Header:
+    path: Path
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """Read and check the header of the safetensors file at `path`.
+
+    Raises FileNotFoundError where there is nothing, and CheckpointError for anything that is not a whole, consistent
+    safetensors file.
+    """
+    path = Path(path)
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
+        raise CheckpointError(f"{path}: is {kind}, where a safetensors file was expected")
+    try:
+        with path.open("rb") as file:
+            return parse_header(path, file.read(8), file, path.stat().st_size)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def parse_header(path: Path, first: bytes, file: BinaryIO, size: int) -> Header:
+    """Parse the header that follows the `first` 8 bytes of the open `file`, `size` bytes long."""
+    beginning = first + file.read(32)
+    for magic, explanation in IMPOSTORS:
+        if beginning.lower().lstrip().startswith(magic) and not beginning[8:9] == b"{":
+            raise CheckpointError(f"{path}: is {explanation}")
+    if size == 0:
+        raise CheckpointError(f"{path}: is empty")
+    if size < 8:
+        raise CheckpointError(f"{path}: is not a safetensors file: {size} bytes are too short")
+    (length,) = struct.unpack("<Q", first)
+    if beginning[8:9] != b"{" or length > MAX_HEADER:
+        raise CheckpointError(f"{path}: is not a safetensors file: it does not begin with a header")
+    if 8 + length > size:
+        raise CheckpointError(f"{path}: is truncated: its header alone claims {length:,} bytes, the file has {size:,}")
+    file.seek(8)
+    entries = parse_json(path, file.read(length))
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path}: broken header: its metadata is not a table of strings")
+    tensors = {name: parse_entry(path, name, entry, 8 + length) for name, entry in entries.items()}
+    check_coverage(path, tensors, 8 + length, size)
+    return Header(path, tensors, metadata)
+
+
+def parse_json(path: Path, text: bytes) -> dict:
+    """The header's JSON object. A name that appears twice is an error: one of the two would be lost."""
+
+    def no_twins(pairs: list[tuple[str, object]]) -> dict:
+        entries = dict(pairs)
+        if len(entries) != len(pairs):
+            names = [name for name, _ in pairs]
+            twin = next(name for name in names if names.count(name) > 1)
+            raise CheckpointError(f"{path}: broken header: the name {twin!r} appears twice")
+        return entries
+
+    try:
+        entries = json.loads(text.decode("utf-8"), object_pairs_hook=no_twins)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: broken header: it is not JSON ({type(error).__name__})") from None
+    if not isinstance(entries, dict):
+        raise CheckpointError(f"{path}: broken header: it is not a JSON object")
+    return entries
+
+
+def is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def parse_entry(path: Path, name: str, entry: object, data_start: int) -> TensorInfo:
+    """One tensor's entry, with its size checked against its dtype and shape."""
+    broken = f"{path}: broken header: tensor {name!r}"
+    if not isinstance(entry, dict):
+        raise CheckpointError(f"{broken} has no description")
+    dtype, shape, offsets = (entry.get(field) for field in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise CheckpointError(f"{broken} has the unknown dtype {str(dtype)[:40]!r}")
+    if not isinstance(shape, list) or not all(is_count(n) for n in shape):
+        raise CheckpointError(f"{broken} has no valid shape")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(is_count(n) for n in offsets):
+        raise CheckpointError(f"{broken} has no valid data offsets")
+    begin, end = offsets
+    if begin > end or (end - begin) * 8 != prod(shape) * DTYPE_BITS[dtype]:
+        raise CheckpointError(
+            f"{broken} is {dtype} {shape}, which does not fit the {end - begin:,} bytes it is said to have"
+        )
+    return TensorInfo(dtype, tuple(shape), data_start + begin, data_start + end)
+
+
+def check_coverage(path: Path, tensors: dict[str, TensorInfo], start: int, size: int) -> None:
+    """The tensors must cover the rest of the file exactly: no overlap, no hole, nothing cut off, nothing appended."""
+    position = start
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        if info.end > size:
+            raise CheckpointError(
+                f"{path}: is truncated: tensor {name!r} ends at byte {info.end:,}, the file at {size:,}; "
+                "download it again"
+            )
+        if info.start != position:
+            kind = "overlap" if info.start < position else "leave a hole"
+            raise CheckpointError(f"{path}: broken header: the data offsets {kind} at tensor {name!r}")
+        position = info.end
+    if position != size:
+        raise CheckpointError(
+            f"{path}: has {size - position:,} bytes after its last tensor: it is not what its header says"
+        )

@@ -1,0 +1,297 @@
+"""One weight, three names: minisd | diffusers | CompVis.
+
+Parts say once what is inside a block and how each of the three calls it. A short walk through the architecture then
+puts the parts in their places. For Stable Diffusion 1.5 that expands to 1,130 names (UNet 686, VAE 248, text encoder
+196), one to one in all three columns; other widths and depths of the family expand the same way. Names are expanded,
+never matched: there is no pattern, no replacement and no order to respect. Writing a file is the same lookup backwards.
+
+This file needs the standard library only.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from minisd.config import ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
+
+Shape = tuple[int, ...]
+
+COMPONENTS = ("unet", "vae", "text_encoder")
+
+# Where each component begins in a CompVis single file. (In diffusers' layout each has a folder of its own.)
+COMPVIS_PREFIX = {
+    "unet": "model.diffusion_model.",
+    "vae": "first_stage_model.",
+    "text_encoder": "cond_stage_model.transformer.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One tensor. `diffusers` and `compvis` are relative to the component's folder and prefix."""
+
+    minisd: str
+    diffusers: str
+    compvis: str
+    shape: Shape
+    compvis_shape: Shape  # differs for the 8 attention matrices of the VAE: 1x1 convolutions in CompVis
+    older: tuple[str, ...]  # names that earlier releases of diffusers gave it
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One layer of a block: its three names, and its kind with its sizes."""
+
+    minisd: str
+    diffusers: str
+    older: tuple[str, ...]
+    compvis: str
+    kind: str
+    sizes: tuple[str, ...]
+
+
+def parts(table: str) -> list[Part]:
+    """Read a table: minisd | diffusers (or an older name) | CompVis (= the same) | kind and sizes."""
+    rows = []
+    for line in table.strip().splitlines():
+        minisd, diffusers, compvis, layer = (column.strip() for column in line.split("|"))
+        diffusers, *older = diffusers.split(" or ")
+        kind, *sizes = layer.split()
+        rows.append(Part(minisd, diffusers, tuple(older), diffusers if compvis == "=" else compvis, kind, tuple(sizes)))
+    return rows
+
+
+# kind -> tensors; i = in, o = out. A `pixelwise` layer is linear, but CompVis wrote it as a 1x1 convolution.
+TENSORS: dict[str, dict[str, str]] = {
+    "norm": {"weight": "o", "bias": "o"},
+    "conv3": {"weight": "o i 3 3", "bias": "o"},
+    "conv1": {"weight": "o i 1 1", "bias": "o"},
+    "linear": {"weight": "o i", "bias": "o"},
+    "pixelwise": {"weight": "o i", "bias": "o"},
+    "matrix": {"weight": "o i"},
+    "table": {"weight": "i o"},
+}
+
+UNET_RESNET = parts("""
+    norm1    | norm1         | in_layers.0     | norm i
+    conv1    | conv1         | in_layers.2     | conv3 i o
+    time     | time_emb_proj | emb_layers.1    | linear time o
+    norm2    | norm2         | out_layers.0    | norm o
+    conv2    | conv2         | out_layers.3    | conv3 o o
+    shortcut | conv_shortcut | skip_connection | conv1 i o
+""")
+
+TRANSFORMER = parts("""
+    norm                  | norm                              | = | norm c
+    proj_in               | proj_in                           | = | conv1 c c
+    self_attn_norm        | transformer_blocks.0.norm1        | = | norm c
+    self_attn.q           | transformer_blocks.0.attn1.to_q   | = | matrix c c
+    self_attn.k           | transformer_blocks.0.attn1.to_k   | = | matrix c c
+    self_attn.v           | transformer_blocks.0.attn1.to_v   | = | matrix c c
+    self_attn.out         | transformer_blocks.0.attn1.to_out.0 | = | linear c c
+    cross_attn_norm       | transformer_blocks.0.norm2        | = | norm c
+    cross_attn.q          | transformer_blocks.0.attn2.to_q   | = | matrix c c
+    cross_attn.k          | transformer_blocks.0.attn2.to_k   | = | matrix context c
+    cross_attn.v          | transformer_blocks.0.attn2.to_v   | = | matrix context c
+    cross_attn.out        | transformer_blocks.0.attn2.to_out.0 | = | linear c c
+    feed_forward_norm     | transformer_blocks.0.norm3        | = | norm c
+    feed_forward.expand   | transformer_blocks.0.ff.net.0.proj | = | linear c 8c
+    feed_forward.contract | transformer_blocks.0.ff.net.2     | = | linear 4c c
+    proj_out              | proj_out                          | = | conv1 c c
+""")
+
+DOWNSAMPLE = parts("conv | conv | op | conv3 c c")
+UPSAMPLE = parts("conv | conv | = | conv3 c c")
+
+UNET_ENDS = parts("""
+    time_embedding.linear1 | time_embedding.linear_1 | time_embed.0     | linear first time
+    time_embedding.linear2 | time_embedding.linear_2 | time_embed.2     | linear time time
+    conv_in                | conv_in                 | input_blocks.0.0 | conv3 in first
+    norm_out               | conv_norm_out           | out.0            | norm first
+    conv_out               | conv_out                | out.2            | conv3 first out
+""")
+
+VAE_RESNET = parts("""
+    norm1    | norm1         | =            | norm i
+    conv1    | conv1         | =            | conv3 i o
+    norm2    | norm2         | =            | norm o
+    conv2    | conv2         | =            | conv3 o o
+    shortcut | conv_shortcut | nin_shortcut | conv1 i o
+""")
+
+VAE_ATTENTION = parts("""
+    norm     | group_norm            | norm     | norm c
+    attn.q   | to_q or query         | q        | pixelwise c c
+    attn.k   | to_k or key           | k        | pixelwise c c
+    attn.v   | to_v or value         | v        | pixelwise c c
+    attn.out | to_out.0 or proj_attn | proj_out | pixelwise c c
+""")
+
+VAE_RESAMPLE = parts("conv | conv | = | conv3 c c")
+
+VAE_ENDS = parts("""
+    encoder.conv_in  | encoder.conv_in       | =                | conv3 image first
+    encoder.norm_out | encoder.conv_norm_out | encoder.norm_out | norm last
+    encoder.conv_out | encoder.conv_out      | =                | conv3 last moments
+    quant_conv       | quant_conv            | =                | conv1 moments moments
+    post_quant_conv  | post_quant_conv       | =                | conv1 latent latent
+    decoder.conv_in  | decoder.conv_in       | =                | conv3 latent last
+    decoder.norm_out | decoder.conv_norm_out | decoder.norm_out | norm first
+    decoder.conv_out | decoder.conv_out      | =                | conv3 first image
+""")
+
+TEXT_LAYER = parts("""
+    self_attn_norm        | layer_norm1        | = | norm c
+    self_attn.q           | self_attn.q_proj   | = | linear c c
+    self_attn.k           | self_attn.k_proj   | = | linear c c
+    self_attn.v           | self_attn.v_proj   | = | linear c c
+    self_attn.out         | self_attn.out_proj | = | linear c c
+    feed_forward_norm     | layer_norm2        | = | norm c
+    feed_forward.expand   | mlp.fc1            | = | linear c hidden
+    feed_forward.contract | mlp.fc2            | = | linear hidden c
+""")
+
+TEXT_ENDS = parts("""
+    token_embedding    | text_model.embeddings.token_embedding    | = | table vocabulary c
+    position_embedding | text_model.embeddings.position_embedding | = | table positions c
+    final_norm         | text_model.final_layer_norm              | = | norm c
+""")
+
+
+def place(block: list[Part], minisd: str, diffusers: str, compvis: str, **sizes: int) -> Iterator[Key]:
+    """Put a block at its three places, each a prefix ("" or ending in a dot), with its sizes filled in."""
+    if sizes.get("i") == sizes.get("o"):  # widths that agree need no shortcut
+        block = [part for part in block if part.minisd != "shortcut"]
+    for part in block:
+        dims = [sizes[name] for name in part.sizes]
+        numbers = {"i": dims[0], "o": dims[-1], "3": 3, "1": 1}
+        for tensor, layout in TENSORS[part.kind].items():
+            shape = tuple(numbers[letter] for letter in layout.split())
+            yield Key(
+                minisd=f"{minisd}{part.minisd}.{tensor}",
+                diffusers=f"{diffusers}{part.diffusers}.{tensor}",
+                compvis=f"{compvis}{part.compvis}.{tensor}",
+                shape=shape,
+                compvis_shape=(*shape, 1, 1) if part.kind == "pixelwise" and tensor == "weight" else shape,
+                older=tuple(f"{diffusers}{name}.{tensor}" for name in part.older),
+            )
+
+
+def unet_keys(config: UNetConfig) -> Iterator[Key]:
+    """Walk the UNet: its ends, down, middle, up. CompVis counts `conv_in` among the blocks on the way down."""
+    widths, top = config.widths, len(config.widths) - 1
+    time = 4 * widths[0]
+    yield from place(
+        UNET_ENDS, "", "", "", first=widths[0], time=time, **{"in": config.in_channels, "out": config.out_channels}
+    )
+
+    def station(
+        here: str, folder: str, index: int, compvis: str, i: int, o: int, attention: bool
+    ) -> Iterator[Key]:  # a resnet, and the transformer that may follow it
+        resnet, transformer = f"{folder}.resnets.{index}.", f"{folder}.attentions.{index}."
+        yield from place(UNET_RESNET, f"{here}.resnet.", resnet, f"{compvis}.0.", i=i, o=o, time=time)
+        if attention:
+            sizes = {"c": o, "4c": 4 * o, "8c": 8 * o, "context": config.context_width}
+            yield from place(TRANSFORMER, f"{here}.attention.", transformer, f"{compvis}.1.", **sizes)
+
+    block, width, skips = 0, widths[0], [widths[0]]
+    for level, level_width in enumerate(widths):
+        folder = f"down_blocks.{level}"
+        for index in range(config.resnets_per_level):
+            compvis = f"input_blocks.{block + 1}"
+            yield from station(f"down.{block}", folder, index, compvis, width, level_width, config.attention[level])
+            block, width = block + 1, level_width
+            skips.append(width)
+        if level < top:
+            here, compvis = f"down.{block}.downsample.", f"input_blocks.{block + 1}.0."
+            yield from place(DOWNSAMPLE, here, f"{folder}.downsamplers.0.", compvis, c=width)
+            block += 1
+            skips.append(width)
+
+    middle = "middle_block"
+    yield from place(
+        UNET_RESNET, "middle.0.resnet.", "mid_block.resnets.0.", f"{middle}.0.", i=width, o=width, time=time
+    )
+    sizes = {"c": width, "4c": 4 * width, "8c": 8 * width, "context": config.context_width}
+    yield from place(TRANSFORMER, "middle.0.attention.", "mid_block.attentions.0.", f"{middle}.1.", **sizes)
+    yield from place(
+        UNET_RESNET, "middle.1.resnet.", "mid_block.resnets.1.", f"{middle}.2.", i=width, o=width, time=time
+    )
+
+    block = 0
+    for level in reversed(range(len(widths))):
+        folder, attention = f"up_blocks.{top - level}", config.attention[level]
+        for index in range(config.resnets_per_level + 1):
+            here, compvis = f"up.{block}", f"output_blocks.{block}"
+            yield from station(here, folder, index, compvis, width + skips.pop(), widths[level], attention)
+            block, width = block + 1, widths[level]
+        if level > 0:  # CompVis puts it behind the transformer, or behind the resnet where there is none
+            compvis = f"{compvis}.{2 if attention else 1}."
+            yield from place(UPSAMPLE, f"{here}.upsample.", f"{folder}.upsamplers.0.", compvis, c=width)
+
+
+def vae_keys(config: VAEConfig) -> Iterator[Key]:
+    """Walk the autoencoder. CompVis numbers the decoder's levels by resolution, so they come in reverse."""
+    widths, top = config.widths, len(config.widths) - 1
+    yield from place(
+        VAE_ENDS,
+        "",
+        "",
+        "",
+        first=widths[0],
+        last=widths[-1],
+        image=config.image_channels,
+        latent=config.latent_channels,
+        moments=2 * config.latent_channels,
+    )
+    for half in ("encoder", "decoder"):
+        mid, last = f"{half}.mid_block", widths[-1]
+        yield from place(VAE_RESNET, f"{half}.middle.0.", f"{mid}.resnets.0.", f"{half}.mid.block_1.", i=last, o=last)
+        yield from place(VAE_ATTENTION, f"{half}.middle.1.", f"{mid}.attentions.0.", f"{half}.mid.attn_1.", c=last)
+        yield from place(VAE_RESNET, f"{half}.middle.2.", f"{mid}.resnets.1.", f"{half}.mid.block_2.", i=last, o=last)
+
+    block, width = 0, widths[0]
+    for level, level_width in enumerate(widths):
+        here, there = f"encoder.down_blocks.{level}", f"encoder.down.{level}"
+        for index in range(config.resnets_per_level):
+            names = f"encoder.down.{block}.", f"{here}.resnets.{index}.", f"{there}.block.{index}."
+            yield from place(VAE_RESNET, *names, i=width, o=level_width)
+            block, width = block + 1, level_width
+        if level < top:
+            names = f"encoder.down.{block}.", f"{here}.downsamplers.0.", f"{there}.downsample."
+            yield from place(VAE_RESAMPLE, *names, c=width)
+            block += 1
+
+    block = 0
+    for level in reversed(range(len(widths))):
+        here, there = f"decoder.up_blocks.{top - level}", f"decoder.up.{level}"
+        for index in range(config.resnets_per_level + 1):
+            names = f"decoder.up.{block}.", f"{here}.resnets.{index}.", f"{there}.block.{index}."
+            yield from place(VAE_RESNET, *names, i=width, o=widths[level])
+            block, width = block + 1, widths[level]
+        if level > 0:
+            names = f"decoder.up.{block}.", f"{here}.upsamplers.0.", f"{there}.upsample."
+            yield from place(VAE_RESAMPLE, *names, c=width)
+            block += 1
+
+
+def text_encoder_keys(config: TextEncoderConfig) -> Iterator[Key]:
+    """Walk the text encoder. CompVis kept the names that transformers gave."""
+    sizes = {"vocabulary": config.vocabulary, "positions": config.context_length}
+    yield from place(TEXT_ENDS, "", "", "", c=config.width, **sizes)
+    for layer in range(config.layers):
+        folder = f"text_model.encoder.layers.{layer}."
+        yield from place(TEXT_LAYER, f"layers.{layer}.", folder, folder, c=config.width, hidden=config.hidden_width)
+
+
+def model_keys(config: ModelConfig) -> dict[str, list[Key]]:
+    """The whole table, by component."""
+    return {
+        "unet": list(unet_keys(config.unet)),
+        "vae": list(vae_keys(config.vae)),
+        "text_encoder": list(text_encoder_keys(config.text_encoder)),
+    }
+
+
+def ema_name(compvis: str) -> str:
+    """Where a CompVis file keeps the moving average of a UNet tensor: its name with all dots taken out."""
+    return "model_ema.diffusion_model" + compvis.replace(".", "")

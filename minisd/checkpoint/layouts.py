@@ -1,0 +1,317 @@
+"""Which tensor of which file is which weight: recognising what a checkpoint holds, from its headers alone.
+
+A checkpoint is one file or several (shards, or the folders of diffusers' layout). Each component in it is found by the
+overlap of its names with the key table, never by one magic key: people add prefixes, drop prefixes, and keep old names.
+This file needs the standard library only. Next: `reading.py`.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import product
+
+from minisd.checkpoint.errors import CheckpointError
+from minisd.checkpoint.header import TensorInfo
+from minisd.checkpoint.keymap import Key, ema_name, model_keys
+from minisd.config import SD15, TextEncoderConfig, UNetConfig, VAEConfig
+
+Tensors = Mapping[str, TensorInfo]
+
+# Where components have been seen in the wild. The first entry of each is canonical.
+PREFIXES = {
+    ("unet", "diffusers"): ("", "unet."),
+    ("unet", "compvis"): ("model.diffusion_model.", "diffusion_model.", ""),
+    ("vae", "diffusers"): ("", "vae.", "first_stage_model."),
+    ("vae", "compvis"): ("first_stage_model.", "vae.", ""),
+    ("text_encoder", "diffusers"): (
+        "",
+        "text_encoder.",
+        "te.",
+        "clip_l.",
+        "cond_stage_model.transformer.",
+        "cond_stage_model.",
+    ),
+}
+
+# What training frameworks put in front of everything (torch.nn.DataParallel, torch.compile).
+WRAPPERS = ("", "module.", "_orig_mod.", "model.")
+
+TEXT_PREFIX = "text_model."  # dropped by NovelAI-style files and by transformers 5.6 and later
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How a file names one component: `prefix` + the name in the `column` of the key table."""
+
+    component: str
+    column: str  # "diffusers", "compvis" or "ema"
+    prefix: str
+    bare_text: bool = False  # the text encoder's names lack "text_model."
+
+    def names(self, key: Key) -> list[str]:
+        """The names that the file may have for a key; the canonical one first."""
+        if self.column == "ema":
+            return [self.prefix + ema_name(key.compvis)]
+        if self.column == "compvis":
+            return [self.prefix + key.compvis]
+        names = (key.diffusers, *key.older)
+        return [self.prefix + (name.removeprefix(TEXT_PREFIX) if self.bare_text else name) for name in names]
+
+    def shape(self, key: Key) -> tuple[int, ...]:
+        return key.shape if self.column == "diffusers" else key.compvis_shape
+
+
+def candidates(component: str) -> Iterable[Naming]:
+    """Every naming that minisd knows for a component, canonical ones first."""
+    for (name, column), prefixes in PREFIXES.items():
+        if name == component:
+            for wrapper, prefix in product(WRAPPERS, prefixes):
+                for bare in (False, True) if component == "text_encoder" else (False,):
+                    yield Naming(component, column, wrapper + prefix, bare)
+    if component == "unet":
+        yield Naming(component, "ema", "")
+
+
+def namings(component: str, tensors: Tensors) -> dict[str, Naming]:
+    """The namings under which `component` is in the file, best overlap for each of "raw" and "ema"; {} if it is not."""
+    keys = model_keys(SD15)[component]
+    best: dict[str, tuple[int, Naming]] = {}
+    for naming in candidates(component):
+        overlap = sum(any(name in tensors for name in naming.names(key)) for key in keys)
+        kind = "ema" if naming.column == "ema" else "raw"
+        if overlap > best.get(kind, (0,))[0]:
+            best[kind] = overlap, naming
+    # A handful of equal names is chance: `conv_in.weight` is in the UNet, in the VAE's halves, in half of all networks.
+    return {kind: naming for kind, (overlap, naming) in best.items() if overlap >= 16}
+
+
+# What a file may hold beside the model: a label, why minisd can leave it, and the names. A name that ends in "." or
+# "_" stands for all names that begin so.
+IGNORABLE: tuple[tuple[str, str, frozenset[str]], ...] = tuple(
+    (label, reason, frozenset(names.split()))
+    for label, reason, names in (
+        (
+            "schedule buffers",
+            "computed from the configuration",
+            "betas alphas_cumprod alphas_cumprod_prev sqrt_alphas_cumprod sqrt_one_minus_alphas_cumprod "
+            "log_one_minus_alphas_cumprod sqrt_recip_alphas_cumprod sqrt_recipm1_alphas_cumprod posterior_variance "
+            "posterior_log_variance_clipped posterior_mean_coef1 posterior_mean_coef2",
+        ),
+        ("training buffers", "used by a training loss only", "lvlb_weights logvar scale_factor"),
+        ("moving average", "the other set of UNet weights, or its counters", "model_ema."),
+        ("trainer state", "left by the trainer", "global_step epoch callbacks. optimizer_states. lr_schedulers."),
+        ("training loss", "the discriminator that trained the VAE", "first_stage_model.loss. loss."),
+        (
+            "the rest of CLIP",
+            "Stable Diffusion uses the hidden states only",
+            "cond_stage_model.logit_scale cond_stage_model.text_projection logit_scale text_projection.weight "
+            "cond_stage_model.transformer.text_projection.weight",
+        ),
+        ("ControlNet", "a model of its own", "control_model."),
+        ("LoRA", "a change to the weights that is not applied", "lora_te_ lora_unet_"),
+        ("textual inversion", "embeddings that are not applied", "embedding_manager."),
+        ("sampler settings", "hints for samplers", "denoiser. v_pred ztsnr edm_"),
+    )
+)
+
+
+def ignorable(name: str) -> str | None:
+    """The class of leftovers that `name` belongs to, or None."""
+    for wrapper in WRAPPERS:
+        bare = name.removeprefix(wrapper)
+        for label, _, members in IGNORABLE:
+            if bare in members or any(bare.startswith(m) for m in members if m[-1] in "._"):
+                return label
+    return "position ids" if name.endswith("embeddings.position_ids") else None
+
+
+# What is not Stable Diffusion 1.x, by the beginnings of names that only it has; most telling first.
+STRANGERS = (
+    ("SDXL", "conditioner.embedders. model.diffusion_model.label_emb. add_embedding.linear_1.weight"),
+    (
+        "SD 3 or Flux",
+        "model.diffusion_model.joint_blocks. joint_blocks. double_blocks. model.diffusion_model.double_blocks. "
+        "transformer_blocks.0.attn.add_k_proj.",
+    ),
+    ("SD 2.x (its text encoder is OpenCLIP)", "cond_stage_model.model."),
+    ("an IP-Adapter", "ip_adapter. image_proj."),
+    ("a ControlNet", "control_model. controlnet_cond_embedding. input_hint_block."),
+    ("a TAESD autoencoder", "taesd_decoder. encoder.layers.0.weight decoder.layers.1.weight"),
+    ("a textual inversion embedding", "emb_params string_to_param clip_l clip_g"),
+)
+LORA_MARKS = (
+    ".lora_down. .lora_up. .lora_A. .lora_B. _lora.down. _lora.up. .lora.down. .lora.up. .hada_w1_a .lokr_w1"
+).split()
+
+
+def stranger(tensors: Tensors) -> str | None:
+    """What else the file is, if it is not Stable Diffusion 1.x: a name for people, or None."""
+    if tensors and sum(any(mark in name for mark in LORA_MARKS) for name in tensors) > len(tensors) // 3:
+        return "a LoRA: a change to a model, not a model"
+    has_unet = bool(namings("unet", tensors))
+    for label, marks in STRANGERS:
+        small_part = label.startswith("a ControlNet") and has_unet
+        if not small_part and any(name.startswith(tuple(marks.split())) for name in tensors):
+            return label
+    for naming in namings("unet", tensors).values():
+        to_k = shape_of(tensors, naming, "down.0.attention.cross_attn.k.weight")
+        if to_k and to_k[1] == 1024:
+            return "SD 2.x (its text encoder is OpenCLIP)"
+        if to_k and to_k[1] == 2048:
+            return "SDXL"
+    return None
+
+
+def by_minisd_name(component: str) -> dict[str, Key]:
+    """SD 1.5's keys of a component by minisd's name: enough to ask a file of any widths for one shape."""
+    return {key.minisd: key for key in model_keys(SD15)[component]}
+
+
+def shape_of(tensors: Tensors, naming: Naming, minisd_name: str) -> tuple[int, ...] | None:
+    """The shape that the file gives to the weight that minisd calls so, or None."""
+    key = by_minisd_name(naming.component)[minisd_name]
+    return next((tensors[name].shape for name in naming.names(key) if name in tensors), None)
+
+
+def infer_unet(tensors: Tensors, naming: Naming) -> UNetConfig:
+    """The UNet's configuration out of its shapes. Heads and norm groups leave no trace there: SD 1.x has 8 and 32."""
+    widths: list[int] = []
+    attention: list[bool] = []
+    resnets = 0
+    diffusers = naming.column == "diffusers"
+    block = 1
+    while len(widths) < 8:
+        level = len(widths)
+        index = 0
+        while index < 8:
+            resnet = (
+                f"down_blocks.{level}.resnets.{index}.conv1" if diffusers else f"input_blocks.{block}.0.in_layers.2"
+            )
+            norm = f"down_blocks.{level}.attentions.{index}.norm" if diffusers else f"input_blocks.{block}.1.norm"
+            conv = tensors.get(spelled(naming, f"{resnet}.weight"))
+            if conv is None:
+                break
+            if index == 0:
+                widths.append(conv.shape[0])
+                attention.append(spelled(naming, f"{norm}.weight") in tensors)
+            index, block = index + 1, block + 1
+        if index == 0:
+            break
+        resnets, block = index, block + 1  # CompVis counts the downsampling too
+    conv_in, conv_out = (shape_of(tensors, naming, name) for name in ("conv_in.weight", "conv_out.weight"))
+    to_k = shape_of(tensors, naming, "middle.0.attention.cross_attn.k.weight")
+    if not widths or conv_in is None or conv_out is None or to_k is None or len(conv_in) != 4 or len(to_k) != 2:
+        raise CheckpointError("the UNet is incomplete: its first or middle layers are missing")
+    return UNetConfig(
+        **{
+            **vars_of(SD15.unet),
+            "in_channels": conv_in[1],
+            "out_channels": conv_out[0],
+            "widths": tuple(widths),
+            "attention": tuple(attention),
+            "resnets_per_level": resnets,
+            "context_width": to_k[1],
+        }
+    )
+
+
+def spelled(naming: Naming, name: str) -> str:
+    """A name of one column, as the file spells it."""
+    return naming.prefix + (f"model_ema.diffusion_model{name.replace('.', '')}" if naming.column == "ema" else name)
+
+
+def vars_of(config: object) -> dict:
+    return {name: getattr(config, name) for name in config.__dataclass_fields__}  # type: ignore[attr-defined]
+
+
+def infer_vae(tensors: Tensors, naming: Naming) -> VAEConfig:
+    """The autoencoder's configuration out of its shapes. Norm groups and the scaling factor are SD 1.x's."""
+    here = "encoder.down_blocks.{}.resnets.{}" if naming.column == "diffusers" else "encoder.down.{}.block.{}"
+    widths: list[int] = []
+    resnets = 0
+    while (conv := tensors.get(f"{naming.prefix}{here.format(len(widths), 0)}.conv1.weight")) and len(widths) < 8:
+        widths.append(conv.shape[0])
+    while f"{naming.prefix}{here.format(0, resnets)}.conv1.weight" in tensors and resnets < 8:
+        resnets += 1
+    conv_in = shape_of(tensors, naming, "encoder.conv_in.weight")
+    latent = shape_of(tensors, naming, "decoder.conv_in.weight")
+    if not widths or conv_in is None or latent is None or len(conv_in) != 4 or len(latent) != 4:
+        raise CheckpointError("the VAE is incomplete: its first layers are missing")
+    found = {"image_channels": conv_in[1], "latent_channels": latent[1], "widths": tuple(widths)}
+    return VAEConfig(**{**vars_of(SD15.vae), **found, "resnets_per_level": resnets})
+
+
+def infer_text_encoder(tensors: Tensors, naming: Naming) -> TextEncoderConfig:
+    """The text encoder's configuration out of its shapes. All CLIP text encoders of SD 1.x have heads of 64."""
+    tokens = shape_of(tensors, naming, "token_embedding.weight")
+    positions = shape_of(tensors, naming, "position_embedding.weight")
+    hidden = shape_of(tensors, naming, "layers.0.feed_forward.expand.weight")
+    layers = 0
+    middle = "" if naming.bare_text else TEXT_PREFIX
+    while f"{naming.prefix}{middle}encoder.layers.{layers}.layer_norm1.weight" in tensors and layers < 1000:
+        layers += 1
+    if not (tokens and positions and hidden) or not len(tokens) == len(positions) == len(hidden) == 2 or not layers:
+        raise CheckpointError("the text encoder is incomplete: its embeddings or first layer are missing")
+    found = {"vocabulary": tokens[0], "width": tokens[1], "context_length": positions[0], "hidden_width": hidden[0]}
+    found |= {"layers": layers, "heads": max(1, tokens[1] // 64)}
+    return TextEncoderConfig(**{**vars_of(SD15.text_encoder), **found})
+
+
+INFER = {"unet": infer_unet, "vae": infer_vae, "text_encoder": infer_text_encoder}
+
+
+@dataclass(frozen=True)
+class Match:
+    """Where every weight of a component is: minisd's name -> (the file's name, the shape that the model wants)."""
+
+    naming: Naming
+    sources: dict[str, tuple[str, tuple[int, ...]]]
+
+
+def same_but_for_ones(file_shape: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Are they equal up to trailing axes of size one? (A 1x1 convolution is a linear layer.)"""
+    long, short = sorted((file_shape, shape), key=len, reverse=True)
+    return long[: len(short)] == short and all(n == 1 for n in long[len(short) :])
+
+
+def match(keys: list[Key], tensors: Tensors, naming: Naming, problems: "Problems") -> Match:
+    """Find each key's tensor in the file. What is wrong goes to `problems`."""
+    sources = {}
+    for key in keys:
+        present = [name for name in naming.names(key) if name in tensors]
+        if len(present) > 1:
+            problems.twice.append((present[0], present[1]))
+        if not present:
+            problems.missing.append((naming.names(key)[0], f"{naming.component}.{key.minisd}"))
+        elif not same_but_for_ones(tensors[present[0]].shape, key.shape):
+            problems.shape.append((present[0], tensors[present[0]].shape, naming.shape(key)))
+        else:
+            sources[key.minisd] = present[0], key.shape
+    return Match(naming, sources)
+
+
+class Problems:
+    """Everything that keeps a checkpoint from loading, told together and shortly."""
+
+    def __init__(self) -> None:
+        self.missing: list[tuple[str, str]] = []
+        self.unexpected: list[str] = []
+        self.shape: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
+        self.twice: list[tuple[str, str]] = []
+
+    def raise_for(self, where: str) -> None:
+        """Raise CheckpointError if there is any problem: a few of each kind, with how many there are in all."""
+        lists = (
+            ("missing", [f"{name}  (minisd: {ours})" for name, ours in self.missing]),
+            ("unexpected", self.unexpected),
+            (
+                "of another shape",
+                [f"{name}: {list(got)} in the file, {list(want)} in the model" for name, got, want in self.shape],
+            ),
+            ("there under two names", [f"{one} and {other}" for one, other in self.twice]),
+        )
+        lines = [f"{where}: {', '.join(f'{len(rows):,} tensors {kind}' for kind, rows in lists if rows)}"]
+        for kind, rows in lists:
+            lines += [f"  {kind}: {row}" for row in rows[:4]]
+            lines += [f"  {kind}: and {len(rows) - 4:,} more"] if len(rows) > 4 else []
+        if len(lines) > 1:
+            raise CheckpointError("\n".join(lines))

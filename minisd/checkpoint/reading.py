@@ -1,0 +1,366 @@
+"""Files -> configuration and weights.
+
+Headers are read first and everything is decided from them; values come last, memory-mapped and one tensor at a time,
+so that loading makes no second copy of the weights. Reading is strict: every weight of the model is filled exactly
+once, and every other tensor of the file is in a known class of leftovers or an error.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from minisd.checkpoint import configs
+from minisd.checkpoint.errors import CheckpointError
+from minisd.checkpoint.header import TensorInfo, read_header
+from minisd.checkpoint.keymap import COMPONENTS, text_encoder_keys, unet_keys, vae_keys
+from minisd.checkpoint.layouts import INFER, Match, Naming, Problems, ignorable, match, namings, stranger
+from minisd.checkpoint.sources import GENERATION_CONFIG, STEMS, index_name, resolve, single_name, variant_of
+from minisd.checkpoint.textfiles import read_json_object
+from minisd.config import SD15, ModelConfig
+
+KEYS: dict[str, Any] = {"unet": unet_keys, "vae": vae_keys, "text_encoder": text_encoder_keys}
+TITLES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder"}
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+@dataclass(frozen=True)
+class Files:
+    """One file, or shards that together are one file: every tensor's header entry and where it is."""
+
+    path: Path  # what to call it in messages
+    tensors: dict[str, TensorInfo]
+    location: dict[str, Path]
+    metadata: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Component:
+    """A component, understood but not yet read."""
+
+    config: Any
+    files: Files
+    match: Match
+
+
+@dataclass
+class Checkpoint:
+    """A whole model, understood but not yet read. `notes` are sentences that a person should see."""
+
+    path: Path
+    components: dict[str, Component]
+    scheduler: Mapping[str, Any]
+    tokenizer: Path | str | None  # a folder, or the text that `sd.save` put into a file's metadata; None: CLIP's
+    notes: list[str] = field(default_factory=list)
+    generation: Mapping[str, Any] = field(default_factory=dict)  # recommended settings: steps, guidance_scale
+
+    @property
+    def config(self) -> ModelConfig:
+        parts = {name: component.config for name, component in self.components.items()}
+        return ModelConfig(**parts, scheduler=self.scheduler)
+
+
+def open_files(paths: list[Path], name: Path) -> Files:
+    """Read the headers of one file or of all shards."""
+    tensors: dict[str, TensorInfo] = {}
+    location: dict[str, Path] = {}
+    metadata: dict[str, str] = {}
+    for path in paths:
+        header = read_header(path)
+        for twin in header.tensors.keys() & tensors.keys():
+            raise CheckpointError(f"{name}: the tensor {twin!r} is in two shards")
+        tensors |= header.tensors
+        location |= dict.fromkeys(header.tensors, path)
+        metadata |= header.metadata
+    return Files(name, tensors, location, metadata)
+
+
+def shard_paths(index: Path) -> list[Path]:
+    """The shards that an index names: files in its own folder, nowhere else."""
+    table = read_json_object(index).get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
+        raise CheckpointError(f"{index}: has no weight_map")
+    names = sorted(set(table.values()))
+    for name in names:
+        if Path(name).name != name:
+            raise CheckpointError(f"{index}: names the shard {name!r}, which is outside its folder")
+        if not (index.parent / name).is_file():
+            raise CheckpointError(f"{index}: names the shard {name!r}, which is missing")
+    return [index.parent / name for name in names]
+
+
+def open_component_folder(folder: Path, component: str, *, half: bool, weights: str) -> Files:
+    """The weights in one folder of diffusers' layout, whichever variant and however many shards."""
+    names = sorted(entry.name for entry in folder.iterdir())
+    for stem in dict.fromkeys((STEMS[component], *STEMS.values())):
+        variant = variant_of(names, stem, half=half, weights=weights)
+        if variant is None:
+            continue
+        single = folder / single_name(stem, variant)
+        if single.name in names:
+            return open_files([single], single)
+        index = folder / index_name(stem, variant)
+        return open_files(shard_paths(index), index)
+    if any(name.endswith((".bin", ".ckpt", ".pt")) for name in names):
+        raise CheckpointError(f"{folder}: holds pickles only, which may run code when opened: minisd reads safetensors")
+    raise CheckpointError(f"{folder}: has no {STEMS[component]}.safetensors")
+
+
+def fit(component: str, config: Any, files: Files, naming: Naming, problems: Problems) -> Component:
+    """Match a component's keys against the file."""
+    found = match(list(KEYS[component](config)), files.tensors, naming, problems)
+    for source, _ in found.sources.values():
+        if files.tensors[source].dtype not in DTYPES:
+            dtype = files.tensors[source].dtype
+            raise CheckpointError(
+                f"{files.path}: the weight {source!r} has the dtype {dtype}: weights are floating point"
+            )
+    return Component(config, files, found)
+
+
+def leftovers(files: Files, components: list[Component], problems: Problems) -> None:
+    """Every tensor of the file that no component uses must be in a class that can be ignored."""
+    used = {source for component in components for source, _ in component.match.sources.values()}
+    mis_shaped = {name for name, _, _ in problems.shape}
+    for name in files.tensors:
+        if name not in used and name not in mis_shaped and ignorable(name) is None:
+            problems.unexpected.append(name)
+
+
+def open_folder(path: Path, *, half: bool, weights: str, skip: tuple[str, ...]) -> Checkpoint:
+    """A folder in diffusers' layout."""
+    notes: list[str] = []
+    components = {}
+    for name in COMPONENTS:
+        folder = path / name
+        if name in skip:
+            continue
+        if not folder.is_dir():
+            hint = " (give a VAE with vae=)" if name == "vae" else ""
+            raise CheckpointError(f"{path}: is not a model in diffusers' layout: it has no folder {name}/{hint}")
+        components[name] = open_component(folder, name, half=half, weights=weights, notes=notes)
+    scheduler = path / "scheduler" / "scheduler_config.json"
+    settings = read_json_object(scheduler) if scheduler.exists() else dict(SD15.scheduler)
+    if not (path / "tokenizer").is_dir():
+        raise CheckpointError(f"{path}: has no folder tokenizer/")
+    recommended = path / GENERATION_CONFIG
+    generation = read_json_object(recommended) if recommended.exists() else {}
+    return Checkpoint(path, components, settings, path / "tokenizer", notes, generation)
+
+
+def open_component(folder: Path, name: str, *, half: bool, weights: str, notes: list[str]) -> Component:
+    """One folder of diffusers' layout: its config.json and its weights."""
+    config = configs.READERS[name](read_json_object(folder / "config.json"), str(folder / "config.json"), notes)
+    files = open_component_folder(folder, name, half=half, weights=weights)
+    found = namings(name, files.tensors).get("raw")
+    if found is None:
+        raise CheckpointError(f"{files.path}: does not hold a {TITLES[name]}{described(files)}")
+    problems = Problems()
+    component = fit(name, config, files, found, problems)
+    leftovers(files, [component], problems)
+    problems.raise_for(str(files.path))
+    note_position_ids(files, notes)
+    return component
+
+
+def described(files: Files) -> str:
+    """ ": it is ..." where that can be said."""
+    other = stranger(files.tensors)
+    if other:
+        return f": it is {other}"
+    found = [TITLES[name] for name in COMPONENTS if namings(name, files.tensors)]
+    return f": it holds {' and '.join(found)}" if found else f": its names begin with {sorted(files.tensors)[:3]}"
+
+
+def choose_unet(found: dict[str, Naming], files: Files, weights: str, notes: list[str]) -> Naming:
+    """Raw or averaged (EMA) weights, where a file has both."""
+    if weights == "auto":
+        if len(found) == 2:
+            notes.append(
+                f"{files.path}: holds raw and averaged (EMA) UNet weights; the raw ones are used (weights=...)"
+            )
+        return found.get("raw") or found["ema"]
+    if weights not in found:
+        raise CheckpointError(f"{files.path}: has no {weights} UNet weights")
+    return found[weights]
+
+
+def stored_json(files: Files, name: str) -> dict[str, Any] | None:
+    """A JSON object in a file's metadata, or None."""
+    try:
+        stored = json.loads(files.metadata.get(name, "null"))
+    except (json.JSONDecodeError, RecursionError):
+        stored = False
+    if stored is not None and not isinstance(stored, dict):
+        raise CheckpointError(f"{files.path}: its metadata holds a broken {name}")
+    return stored
+
+
+def stored_config(files: Files) -> ModelConfig | None:
+    """The configuration that `sd.save` wrote into a file's metadata, if it did."""
+    stored = stored_json(files, "minisd.config")
+    if stored is None:
+        return None
+    try:
+        parts = {name: configs.READERS[name](stored[name], f"{files.path} (metadata)", []) for name in COMPONENTS}
+        return ModelConfig(**parts, scheduler=dict(stored["scheduler"]))
+    except (KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{files.path}: its metadata holds a broken minisd.config") from None
+
+
+def open_single_file(path: Path, *, weights: str, skip: tuple[str, ...]) -> Checkpoint:
+    """A single file, whatever its dialect."""
+    files = open_files([path], path)
+    notes: list[str] = []
+    found = {name: namings(name, files.tensors) for name in COMPONENTS}
+    present = [TITLES[name] for name in COMPONENTS if found[name]]
+    other = stranger(files.tensors)
+    if other:
+        raise CheckpointError(f"{path}: is {other}; minisd loads Stable Diffusion 1.x")
+    if not present:
+        names = ", ".join(sorted(files.tensors)[:3])
+        raise CheckpointError(f"{path}: is not a Stable Diffusion model (its tensors: {names or 'none'} ...)")
+    missing = [name for name in COMPONENTS if not found[name] and name not in skip]
+    if missing:
+        way_out = "; give a VAE with vae=" if missing == ["vae"] else ""
+        only = f"holds a {' and a '.join(present)} only"
+        raise CheckpointError(f"{path}: {only}: no {' and no '.join(TITLES[n] for n in missing)}{way_out}")
+    stored = stored_config(files)
+    problems = Problems()
+    components = {}
+    for name in COMPONENTS:
+        if not found[name]:
+            continue
+        naming = choose_unet(found[name], files, weights, notes) if name == "unet" else found[name]["raw"]
+        config = getattr(stored, name) if stored else infer(name, files, naming)
+        components[name] = fit(name, config, files, naming, problems)
+    leftovers(files, list(components.values()), problems)
+    problems.raise_for(str(path))
+    note_position_ids(files, notes)
+    scheduler = dict(stored.scheduler if stored else SD15.scheduler) | prediction_hints(files)
+    generation = stored_json(files, "minisd.generation") or {}
+    return Checkpoint(path, components, scheduler, files.metadata.get("minisd.tokenizer"), notes, generation)
+
+
+def infer(component: str, files: Files, naming: Naming) -> Any:
+    try:
+        config = INFER[component](files.tensors, naming)
+        return configs.build(type(config), vars(config).copy(), f"{files.path}: {TITLES[component]} shapes")
+    except CheckpointError as error:
+        message = str(error)
+        raise CheckpointError(message if str(files.path) in message else f"{files.path}: {message}") from None
+
+
+def prediction_hints(files: Files) -> dict[str, Any]:
+    """v-prediction and zero terminal SNR, which some files tell by a tensor of that name."""
+    hints: dict[str, Any] = {}
+    if "v_pred" in files.tensors:
+        hints["prediction_type"] = "v_prediction"
+    if "ztsnr" in files.tensors:
+        hints |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return hints
+
+
+def note_position_ids(files: Files, notes: list[str]) -> None:
+    """The text encoder's positions are 0, 1, 2, ...; a file that says otherwise was damaged by a merge."""
+    for name in files.tensors:
+        if name.endswith("embeddings.position_ids"):
+            ids = read_tensor(files, name).flatten().float()
+            if not torch.equal(ids, torch.arange(len(ids)).float()):
+                notes.append(f"{files.path}: {name} is damaged; minisd and diffusers do not use it, some programs do")
+
+
+def open_vae(source: str | os.PathLike[str], *, half: bool, notes: list[str]) -> Component:
+    """A VAE of its own: a folder, a VAE file with or without prefix, or the VAE of a whole checkpoint."""
+    path = resolve(source, half=half)
+    if path.is_dir():
+        folder = path / "vae" if (path / "vae").is_dir() else path
+        return open_component(folder, "vae", half=half, weights="auto", notes=notes)
+    files = open_files([path], path)
+    naming = namings("vae", files.tensors).get("raw")
+    if naming is None:
+        raise CheckpointError(f"{path}: does not hold a VAE{described(files)}")
+    problems = Problems()
+    stored = stored_config(files)
+    component = fit("vae", stored.vae if stored else infer("vae", files, naming), files, naming, problems)
+    problems.raise_for(str(path))
+    return component
+
+
+def open_checkpoint(
+    source: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None,
+    weights: str = "auto",
+    vae: str | os.PathLike[str] | None = None,
+) -> Checkpoint:
+    """Understand `source` (see `sources.py`) from its headers. `dtype` decides which variant of a file is taken.
+
+    Raises FileNotFoundError for a path that is not there and CheckpointError for anything that cannot be loaded.
+    """
+    if weights not in ("auto", "ema", "raw"):
+        raise ValueError(f"weights={weights!r}: must be 'auto', 'ema' or 'raw'")
+    half = dtype in (torch.float16, torch.bfloat16)
+    path = resolve(source, half=half, weights=weights)
+    skip = ("vae",) if vae is not None else ()
+    if path.is_dir():
+        checkpoint = open_folder(path, half=half, weights=weights, skip=skip)
+    else:
+        checkpoint = open_single_file(path, weights=weights, skip=skip)
+    if vae is not None:
+        checkpoint.components["vae"] = open_vae(vae, half=half, notes=checkpoint.notes)
+    check_fit(checkpoint)
+    return checkpoint
+
+
+def check_fit(checkpoint: Checkpoint) -> None:
+    """The three components must agree on the widths where they meet."""
+    config = checkpoint.config
+    if config.unet.context_width != config.text_encoder.width:
+        raise CheckpointError(
+            f"{checkpoint.path}: the UNet expects text of width {config.unet.context_width}, "
+            f"the text encoder gives {config.text_encoder.width}"
+        )
+    if config.unet.out_channels != config.vae.latent_channels:
+        raise CheckpointError(
+            f"{checkpoint.path}: the UNet makes {config.unet.out_channels} latent channels, "
+            f"the VAE has {config.vae.latent_channels}"
+        )
+
+
+def read_tensor(files: Files, name: str) -> Tensor:
+    with safe_open(files.location[name], framework="pt") as file:
+        return file.get_tensor(name)
+
+
+def read_state(component: Component, *, dtype: torch.dtype | None, device: torch.device) -> dict[str, Tensor]:
+    """A component's state dict under minisd's names: memory-mapped where nothing has to be converted.
+
+    `dtype=None` keeps the dtype that most of the component's tensors have.
+    """
+    files, sources = component.files, component.match.sources
+    if dtype is None:
+        dtype = DTYPES[Counter(files.tensors[name].dtype for name, _ in sources.values()).most_common(1)[0][0]]
+    state = {}
+    opened: dict[Path, Any] = {}
+    for minisd_name, (name, shape) in sources.items():
+        path = files.location[name]
+        if path not in opened:
+            opened[path] = safe_open(path, framework="pt")
+        state[minisd_name] = opened[path].get_tensor(name).reshape(shape).to(device=device, dtype=dtype)
+    return state

@@ -1,0 +1,127 @@
+"""Configuration and weights -> files, in either layout.
+
+A model is written under a temporary name beside its destination and renamed when it is whole: an interrupted save
+leaves nothing that looks finished, and what stood there before stays until then.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minisd.checkpoint import configs
+from minisd.checkpoint.keymap import COMPONENTS, COMPVIS_PREFIX, model_keys
+from minisd.checkpoint.sources import GENERATION_CONFIG, STEMS, single_name
+from minisd.config import ModelConfig
+from minisd.tokenizer import CLIPTokenizer
+
+# What diffusers calls the classes of each folder, in model_index.json.
+MODEL_INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "_diffusers_version": "0.35.0",
+    "feature_extractor": [None, None],
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+def plain(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor:
+    """A tensor as a file wants it: on the CPU, densely packed, in the shape that the layout gives it."""
+    return tensor.detach().to(device="cpu", dtype=dtype or tensor.dtype).contiguous().reshape(shape)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def into_place(destination: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` make a file or folder under a temporary name, then rename it to `destination`."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
+    try:
+        new, old = scratch / "new", scratch / "old"
+        write(new)
+        if destination.is_dir():
+            destination.rename(old)
+        os.replace(new, destination)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Model:
+    """All that a saved model consists of. `states`: a state dict under minisd's names for each component."""
+
+    states: Mapping[str, Mapping[str, Tensor]]
+    config: ModelConfig
+    tokenizer: CLIPTokenizer
+    generation: Mapping[str, Any]
+
+
+def save(model: Model, path: str | os.PathLike[str], *, layout: str, dtype: torch.dtype | None) -> None:
+    """Write a model. `layout`: "diffusers" (a folder) or "compvis" (one file). `dtype=None` keeps each tensor's own.
+
+    Raises ValueError for an unknown layout or a dtype that is not floating point, FileExistsError where `path` is
+    taken by something that is not a model.
+    """
+    destination = Path(path).expanduser()
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype}: weights are floating point")
+    if layout == "diffusers":
+        taken = destination.exists() and not (destination / "model_index.json").is_file()
+        if taken and not (destination.is_dir() and not any(destination.iterdir())):
+            raise FileExistsError(f"{destination}: exists and is not a model; choose another name")
+        into_place(destination, lambda folder: write_folder(model, folder, dtype))
+    elif layout == "compvis":
+        if destination.is_dir():
+            raise FileExistsError(f"{destination}: is a folder; the compvis layout is one file")
+        into_place(destination, lambda file: write_single_file(model, file, dtype))
+    else:
+        raise ValueError(f"layout={layout!r}: must be 'diffusers' or 'compvis'")
+
+
+def write_folder(model: Model, folder: Path, dtype: torch.dtype | None) -> None:
+    """diffusers' layout: a folder with a config.json and a safetensors file for each component."""
+    for component, keys in model_keys(model.config).items():
+        config = configs.WRITERS[component](getattr(model.config, component))
+        write_json(folder / component / "config.json", config)
+        state = model.states[component]
+        tensors = {key.diffusers: plain(state[key.minisd], key.shape, dtype) for key in keys}
+        save_file(tensors, folder / component / single_name(STEMS[component], ""), metadata={"format": "pt"})
+    scheduler = {"_class_name": "DDIMScheduler", **model.config.scheduler}
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    model.tokenizer.save(folder / "tokenizer")
+    if model.generation:
+        write_json(folder / GENERATION_CONFIG, model.generation)
+    write_json(folder / "model_index.json", MODEL_INDEX)
+
+
+def write_single_file(model: Model, file: Path, dtype: torch.dtype | None) -> None:
+    """CompVis' layout: one file. What shapes cannot tell (heads, norm groups, schedule, vocabulary) is metadata."""
+    tensors = {
+        COMPVIS_PREFIX[component] + key.compvis: plain(model.states[component][key.minisd], key.compvis_shape, dtype)
+        for component, keys in model_keys(model.config).items()
+        for key in keys
+    }
+    stored = {component: configs.WRITERS[component](getattr(model.config, component)) for component in COMPONENTS}
+    stored["scheduler"] = dict(model.config.scheduler)
+    metadata = {"format": "pt", "minisd.config": json.dumps(stored)}
+    if model.tokenizer.vocabulary != CLIPTokenizer.clip().vocabulary:
+        metadata["minisd.tokenizer"] = model.tokenizer.to_json()
+    if model.generation:
+        metadata["minisd.generation"] = json.dumps(dict(model.generation))
+    save_file(tensors, file, metadata=metadata)

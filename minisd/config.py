@@ -1,0 +1,125 @@
+"""Every number of the architecture, in one place.
+
+The models take these dataclasses and nothing else. No field has a default, here or in the layers: a number that is
+not passed cannot be passed wrongly (every from-scratch port that we read has a wrong GroupNorm epsilon that a default
+argument supplied). `SD15` is Stable Diffusion 1.5. Next in the walk: `layers.py`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoderConfig:
+    """The text half of CLIP (Radford et al. 2021, arXiv:2103.00020)."""
+
+    vocabulary: int  # how many tokens have an embedding
+    context_length: int  # how many tokens a prompt has, start, end and padding included
+    width: int
+    layers: int
+    heads: int
+    hidden_width: int  # inside the feed-forward network
+    activation: str  # "quick_gelu" in OpenAI's CLIP
+    layer_norm_eps: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetConfig:
+    """The denoiser (Rombach et al. 2022, arXiv:2112.10752). Tuples go from the highest resolution to the lowest."""
+
+    sample_size: int  # default height and width of the latents: a pixel size of 8 times that
+    in_channels: int  # 4 latent channels; 9 in inpainting models (latent, mask, masked picture)
+    out_channels: int
+    widths: tuple[int, ...]  # channels at each resolution
+    attention: tuple[bool, ...]  # does this resolution have transformers?
+    resnets_per_level: int  # on the way down; one more on the way up
+    heads: int  # diffusers calls it attention_head_dim, and means the number of heads
+    context_width: int  # the width of the text encoder
+    activation: str
+    downsample_padding: int
+    norm_groups: int
+    norm_eps: float  # GroupNorm in ResNet blocks and before the last convolution
+    transformer_norm_eps: float  # GroupNorm at the entry of a transformer: not the same number!
+    layer_norm_eps: float  # LayerNorm inside a transformer
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEConfig:
+    """The autoencoder (Kingma & Welling 2013; the "KL-f8" of Rombach et al. 2022)."""
+
+    sample_size: int  # default height and width of pictures, in pixels
+    image_channels: int
+    latent_channels: int
+    widths: tuple[int, ...]
+    resnets_per_level: int  # in the encoder; one more in the decoder
+    activation: str
+    downsample_padding: int  # 0: one row and column of zeros at the bottom and right instead
+    norm_groups: int
+    norm_eps: float
+    scaling_factor: float  # latents are multiplied by it before diffusion, so that their variance is about 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A whole Stable Diffusion model; `scheduler` holds diffusers' constructor arguments for its noise schedule."""
+
+    text_encoder: TextEncoderConfig
+    unet: UNetConfig
+    vae: VAEConfig
+    scheduler: Mapping[str, object]
+
+
+SD15 = ModelConfig(
+    text_encoder=TextEncoderConfig(
+        vocabulary=49408,
+        context_length=77,
+        width=768,
+        layers=12,
+        heads=12,
+        hidden_width=3072,
+        activation="quick_gelu",
+        layer_norm_eps=1e-5,
+    ),
+    unet=UNetConfig(
+        sample_size=64,
+        in_channels=4,
+        out_channels=4,
+        widths=(320, 640, 1280, 1280),
+        attention=(True, True, True, False),
+        resnets_per_level=2,
+        heads=8,
+        context_width=768,
+        activation="silu",
+        downsample_padding=1,
+        norm_groups=32,
+        norm_eps=1e-5,
+        transformer_norm_eps=1e-6,
+        layer_norm_eps=1e-5,
+    ),
+    vae=VAEConfig(
+        sample_size=512,
+        image_channels=3,
+        latent_channels=4,
+        widths=(128, 256, 512, 512),
+        resnets_per_level=2,
+        activation="silu",
+        downsample_padding=0,
+        norm_groups=32,
+        norm_eps=1e-6,
+        scaling_factor=0.18215,
+    ),
+    scheduler=MappingProxyType(
+        {
+            "num_train_timesteps": 1000,
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "beta_schedule": "scaled_linear",
+            "prediction_type": "epsilon",
+            "timestep_spacing": "leading",
+            "steps_offset": 1,
+            "set_alpha_to_one": False,
+            "clip_sample": False,
+        }
+    ),
+)

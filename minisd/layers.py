@@ -1,0 +1,102 @@
+"""The blocks that the UNet, the VAE and the text encoder share.
+
+Pictures are (B, C, H, W), sequences (B, N, C). Nothing here has a default for a number that changes the result: the
+models pass them from `config.py`. Next in the walk: `text_encoder.py`.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """The sigmoid approximation of GELU that OpenAI's CLIP was trained with."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "quick_gelu": quick_gelu}
+
+
+class Attention(nn.Module):
+    """Multi-head attention (Vaswani et al. 2017, arXiv:1706.03762).
+
+    Every position of `x` asks (q), every position of `context` offers an answer (k) and its content (v). Self-attention
+    is the case where `context` is `x`.
+    """
+
+    def __init__(self, width: int, context_width: int, *, heads: int, qkv_bias: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width, bias=qkv_bias)
+        self.k = nn.Linear(context_width, width, bias=qkv_bias)
+        self.v = nn.Linear(context_width, width, bias=qkv_bias)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, context: Tensor, *, causal: bool) -> Tensor:
+        """`x` (B, N, C), `context` (B, M, D) -> (B, N, C). `causal`: position n sees positions up to n only."""
+        q, k, v = (
+            rearrange(sequence, "b n (h d) -> b h n d", h=self.heads)
+            for sequence in (self.q(x), self.k(context), self.v(context))
+        )
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # softmax(q k^T / sqrt(d)) v
+        return self.out(rearrange(x, "b h n d -> b n (h d)"))
+
+
+class ResnetBlock(nn.Module):
+    """Two convolutions around a residual connection (He et al. 2015), told the time in between (Ho et al. 2020).
+
+    `time_width=None` makes the VAE's block, which knows no time.
+    """
+
+    def __init__(
+        self, in_width: int, out_width: int, *, time_width: int | None, groups: int, eps: float, activation: str
+    ) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
+        self.norm1 = nn.GroupNorm(groups, in_width, eps=eps)
+        self.conv1 = nn.Conv2d(in_width, out_width, 3, padding=1)
+        self.time = nn.Linear(time_width, out_width) if time_width else None
+        self.norm2 = nn.GroupNorm(groups, out_width, eps=eps)
+        self.conv2 = nn.Conv2d(out_width, out_width, 3, padding=1)
+        self.shortcut = nn.Conv2d(in_width, out_width, 1) if in_width != out_width else None
+
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        """`x` (B, in_width, H, W), `time` (B, time_width) -> (B, out_width, H, W)."""
+        residual = self.shortcut(x) if self.shortcut else x
+        x = self.conv1(self.activation(self.norm1(x)))
+        if self.time is not None and time is not None:
+            x = x + rearrange(self.time(self.activation(time)), "b c -> b c 1 1")
+        x = self.conv2(self.activation(self.norm2(x)))
+        return residual + x
+
+
+class Downsample(nn.Module):
+    """Half the height and width, by a convolution with stride 2.
+
+    `padding=1` pads all four sides (the UNet). `padding=0` pads the right and the bottom only (the VAE).
+    """
+
+    def __init__(self, width: int, *, padding: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2, padding=padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, ceil(H/2), ceil(W/2)) in the UNet, (B, C, H/2, W/2) in the VAE."""
+        if self.conv.padding == (0, 0):
+            x = F.pad(x, (0, 1, 0, 1))
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour enlargement, then a convolution that smooths it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """(B, C, H, W) -> (B, C, *size)."""
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))

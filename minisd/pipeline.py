@@ -1,0 +1,327 @@
+"""START HERE. From a prompt to a picture, one walk.
+
+    prompt --tokenizer--> ids --text_encoder--> context ---+
+                                                           v
+    seed --randn--> latents x_T --[ unet predicts noise, scheduler removes some ]--> x_0 --vae.decode--> picture
+
+    sd = StableDiffusion.load("emoji")
+    sd.text_to_image("red heart", seed=1)[0].save("heart.png")
+
+Read on in this order: `tokenizer.py`, `text_encoder.py`, `unet.py`, `schedulers/`, `vae.py`, with `config.py` and
+`layers.py` beside them; then `checkpoint/keymap.py` for how weight files become these modules.
+"""
+
+import inspect
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor, nn
+
+from minisd.checkpoint.errors import CheckpointError
+from minisd.checkpoint.reading import Checkpoint, open_checkpoint, read_state
+from minisd.checkpoint.writing import Model, save
+from minisd.config import ModelConfig
+from minisd.schedulers import DDIMScheduler, DDPMScheduler, Scheduler, draw_noise
+from minisd.text_encoder import TextEncoder
+from minisd.tokenizer import CLIPTokenizer
+from minisd.unet import UNet
+from minisd.vae import VAE
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+SCHEDULERS: dict[str, type[Scheduler]] = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the sampling loop."""
+
+    index: int  # 0, 1, 2, ...
+    timestep: int  # the timestep that the UNet saw: falling, from about 1000 towards 0
+    latents: Tensor  # (B, 4, H/8, W/8), after the step
+    x0: Tensor  # (B, 4, H/8, W/8), where the UNet now thinks that this is going; sd.decode makes it a picture
+
+
+class StableDiffusion:
+    """A text-to-image latent diffusion model (Rombach et al. 2022, arXiv:2112.10752), ready to run.
+
+    `text_encoder`, `unet`, `vae` are torch modules, `tokenizer` a callable from strings to ids, `config` every number
+    of the architecture, `generation` the settings that the model's makers recommend (may be empty).
+    """
+
+    def __init__(
+        self,
+        text_encoder: TextEncoder,
+        unet: UNet,
+        vae: VAE,
+        tokenizer: CLIPTokenizer,
+        *,
+        scheduler: Mapping[str, Any],
+        generation: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`scheduler`: constructor arguments of the noise schedule, under diffusers' names."""
+        self.text_encoder, self.unet, self.vae, self.tokenizer = text_encoder, unet, vae, tokenizer
+        self.config = ModelConfig(
+            text_encoder=text_encoder.config, unet=unet.config, vae=vae.config, scheduler=dict(scheduler)
+        )
+        self.generation = dict(generation or {})
+
+    @classmethod
+    def load(
+        cls,
+        source: str | os.PathLike[str] = "emoji",
+        *,
+        dtype: torch.dtype | None = torch.float32,
+        device: str | torch.device = "cpu",
+        weights: str = "auto",
+        vae: str | os.PathLike[str] | None = None,
+        tokenizer: str | os.PathLike[str] | CLIPTokenizer | None = None,
+    ) -> "StableDiffusion":
+        """Load a model from `source`: "emoji" (comes with minisd), "sd15", a folder in diffusers' layout, a
+        `.safetensors` file, or a hub repository id.
+
+        `dtype=None` keeps the file's. `weights`: "auto", "ema" (averaged) or "raw" UNet weights, where a file has both.
+        `vae`, `tokenizer`: a path that replaces the model's own. Raises FileNotFoundError for a path that is not there,
+        `minisd.CheckpointError` for a file that cannot be used.
+        """
+        device = usable_device(device)
+        checkpoint = open_checkpoint(source, dtype=dtype, weights=weights, vae=vae)
+        for note in checkpoint.notes:
+            warnings.warn(note, stacklevel=2)
+        config = checkpoint.config
+        with torch.device("meta"):  # shapes without memory: the file's memory becomes the weights below
+            modules = {
+                "text_encoder": TextEncoder(config.text_encoder),
+                "unet": UNet(config.unet),
+                "vae": VAE(config.vae),
+            }
+        for name, module in modules.items():
+            state = read_state(checkpoint.components[name], dtype=dtype, device=device)
+            module.load_state_dict(state, strict=True, assign=True)
+            module.eval()
+            favour_channels_last(module)
+        words = read_tokenizer(checkpoint, tokenizer)
+        return cls(**modules, tokenizer=words, scheduler=config.scheduler, generation=checkpoint.generation)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def text_to_image(self, prompt: str | list[str], **settings: Any) -> list[Image.Image]:
+        """Paint `prompt`. Takes the settings of `denoise`; returns `images_per_prompt` pictures for each prompt."""
+        latents = None
+        for step in self.denoise(prompt, **settings):
+            latents = step.latents
+        assert latents is not None  # there is at least one step
+        return to_pictures(self.decode(latents))
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        prompt: str | list[str],
+        *,
+        negative_prompt: str | list[str] = "",
+        steps: int = 50,
+        guidance_scale: float = 7.5,
+        guidance_rescale: float = 0.0,
+        height: int | None = None,
+        width: int | None = None,
+        seed: int | None = None,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        scheduler: Scheduler | str | None = None,
+        eta: float = 0.0,
+        images_per_prompt: int = 1,
+        clip_skip: int = 0,
+    ) -> Iterator[Step]:
+        """The sampling loop: from noise to latents, one `Step` at a time.
+
+        `height`, `width` in pixels, divisible by 8 (default: the model's own). `seed` or `generator` (one, or one for
+        each picture) gives all randomness, drawn on the CPU: a seed is the same picture on every device. `latents`
+        (B, 4, H/8, W/8) replaces the initial noise. `scheduler`: "ddim" (the default), "ddpm", or an object. `eta`
+        from 0 (deterministic) to 1 (as random as DDPM) matters to DDIM only. `clip_skip` leaves out that many last
+        layers of the text encoder. Raises ValueError for a setting that is impossible.
+        """
+        prompts, negatives = matching_prompts(prompt, negative_prompt)
+        size = self.latent_size(height, width)
+        sampler, generator = self.make_scheduler(scheduler), one_source(seed, generator)
+        check_settings(steps, images_per_prompt, guidance_scale, eta)
+
+        guided = guidance_scale > 1
+        context = self.encode_prompt(prompts, negatives if guided else None, images_per_prompt, clip_skip)
+        sampler.set_timesteps(steps, device=self.device)
+        shape = (len(prompts) * images_per_prompt, self.unet.config.in_channels, *size)
+        x = self.initial_noise(shape, generator, latents) * sampler.init_noise_sigma
+        extra = {"eta": eta} if "eta" in inspect.signature(sampler.step).parameters else {}
+
+        for index, t in enumerate(sampler.timesteps):
+            eps = self.predict_noise(sampler.scale_model_input(x, t), t, context, guidance_scale, guidance_rescale)
+            result = sampler.step(eps, t, x, generator=generator, **extra)
+            x = result.prev_sample
+            yield Step(index, int(t), x, result.pred_original_sample)
+
+    def encode_prompt(
+        self, prompts: list[str], negatives: list[str] | None, images_per_prompt: int = 1, clip_skip: int = 0
+    ) -> Tensor:
+        """Prompts -> context (B, 77, D), or (2B, 77, D) with `negatives` first: the two halves of guidance.
+
+        Each prompt stands `images_per_prompt` times in a row. As in diffusers, `clip_skip` is not for negatives.
+        """
+        context = self.text_encoder(self.tokenizer(prompts).to(self.device), clip_skip=clip_skip)
+        context = context.repeat_interleave(images_per_prompt, dim=0)
+        if negatives is None:
+            return context
+        unwanted = self.text_encoder(self.tokenizer(negatives).to(self.device))
+        return torch.cat([unwanted.repeat_interleave(images_per_prompt, dim=0), context])
+
+    def predict_noise(
+        self, x: Tensor, t: Tensor, context: Tensor, guidance_scale: float, guidance_rescale: float = 0.0
+    ) -> Tensor:
+        """The UNet's noise, pushed away from the negative prompt and towards the prompt.
+
+        Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598): negative + scale (positive - negative).
+        """
+        if guidance_scale <= 1:
+            return self.unet(x, t, context)
+        negative, positive = self.unet(torch.cat([x, x]), t, context).chunk(2)
+        eps = negative + guidance_scale * (positive - negative)
+        return rescale_guidance(eps, positive, guidance_rescale) if guidance_rescale > 0 else eps
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, 4, H/8, W/8), as in the loop -> images (B, 3, H, W), about in [-1, 1]."""
+        return self.vae.decode(latents / self.vae.scaling_factor)
+
+    def save(self, path: str | os.PathLike[str], layout: str = "diffusers", dtype: torch.dtype | None = None) -> None:
+        """Write the model to `path`: a folder that diffusers loads too, or one file in the "compvis" layout.
+
+        Raises ValueError for another layout, FileExistsError where something else than a model is in the way.
+        """
+        modules = {"text_encoder": self.text_encoder, "unet": self.unet, "vae": self.vae}
+        states = {name: module.state_dict() for name, module in modules.items()}
+        save(Model(states, self.config, self.tokenizer, self.generation), path, layout=layout, dtype=dtype)
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.conv_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.conv_in.weight.dtype
+
+    def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Pixels -> latents. Raises ValueError for a size that the VAE cannot make."""
+        factor = 2 ** (len(self.vae.config.widths) - 1)
+        default = self.unet.config.sample_size * factor
+        height, width = (default if size is None else size for size in (height, width))
+        for name, size in (("height", height), ("width", width)):
+            if not isinstance(size, int) or size <= 0 or size % factor:
+                raise ValueError(f"{name}={size}: must be a positive multiple of {factor}")
+        return height // factor, width // factor
+
+    def make_scheduler(self, scheduler: Scheduler | str | None) -> Any:
+        """A scheduler by name, with the model's noise schedule; an object is taken as it is."""
+        if scheduler is None or isinstance(scheduler, str):
+            kind = SCHEDULERS.get(scheduler or "ddim")
+            if kind is None:
+                raise ValueError(f"scheduler={scheduler!r}: must be one of {', '.join(SCHEDULERS)}")
+            return kind.from_config(self.config.scheduler)
+        return scheduler
+
+    def initial_noise(self, shape: tuple[int, ...], generator: Generators, latents: Tensor | None) -> Tensor:
+        """x_T: standard normal, drawn on the CPU in the model's dtype, unless `latents` are given."""
+        if self.unet.config.in_channels != self.vae.config.latent_channels:
+            raise ValueError(
+                f"this UNet takes {self.unet.config.in_channels} channels (an inpainting model?): "
+                "it cannot make a picture from text alone"
+            )
+        if latents is None:
+            return draw_noise(torch.Size(shape), generator, torch.device("cpu"), self.dtype).to(self.device)
+        if latents.shape != shape:
+            raise ValueError(f"latents have the shape {tuple(latents.shape)}: must be {shape}")
+        return latents.to(self.device)
+
+
+def rescale_guidance(eps: Tensor, positive: Tensor, amount: float) -> Tensor:
+    """Give guided noise the spread of the text's own prediction again, by `amount` from 0 to 1.
+
+    Strong guidance inflates the noise, and the picture is overexposed (Lin et al. 2023, arXiv:2305.08891, section 3.4).
+    """
+    dims = tuple(range(1, eps.ndim))
+    rescaled = eps * (positive.std(dim=dims, keepdim=True) / eps.std(dim=dims, keepdim=True))
+    return amount * rescaled + (1 - amount) * eps
+
+
+def to_pictures(images: Tensor) -> list[Image.Image]:
+    """Images (B, 3, H, W) in [-1, 1] -> PIL images; values are rounded to bytes, not cut."""
+    pixels = (images / 2 + 0.5).clamp(0, 1)
+    array = rearrange(pixels, "b c h w -> b h w c").cpu().float().numpy()
+    return [Image.fromarray(picture) for picture in (array * 255).round().astype("uint8")]
+
+
+def matching_prompts(prompt: str | list[str], negative: str | list[str]) -> tuple[list[str], list[str]]:
+    """Lists of equal length; one negative prompt serves all. Raises ValueError for no prompt, or for two lengths."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
+    if not prompts or not all(isinstance(text, str) for text in prompts + negatives):
+        raise ValueError("prompt: must be a text or a list of at least one text")
+    if len(negatives) != len(prompts):
+        raise ValueError(f"negative_prompt: {len(negatives)} for {len(prompts)} prompts; give one, or one each")
+    return prompts, negatives
+
+
+def check_settings(steps: int, images_per_prompt: int, guidance_scale: float, eta: float) -> None:
+    for name, count in (("steps", steps), ("images_per_prompt", images_per_prompt)):
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ValueError(f"{name}={count}: must be a whole number, at least 1")
+    for name, number in (("guidance_scale", guidance_scale), ("eta", eta)):
+        if not 0 <= number < float("inf"):
+            raise ValueError(f"{name}={number}: must be a finite number, at least 0")
+
+
+def one_source(seed: int | None, generator: Generators) -> Generators:
+    """The one source of randomness: a generator, or one made from `seed`, or None for torch's global one."""
+    if seed is None:
+        return generator
+    if generator is not None:
+        raise ValueError("seed and generator: give one of the two")
+    return torch.Generator().manual_seed(seed)
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device, if this machine has it. Raises ValueError otherwise."""
+    try:
+        device = torch.device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device={str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def favour_channels_last(module: nn.Module) -> None:
+    """On a CPU, bfloat16 convolutions are faster with channels last: 1.25 times for the UNet, twice for the VAE."""
+    weight = next(module.parameters())
+    if weight.device.type == "cpu" and weight.dtype == torch.bfloat16:
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def read_tokenizer(checkpoint: Checkpoint, tokenizer: str | os.PathLike[str] | CLIPTokenizer | None) -> CLIPTokenizer:
+    """The tokenizer asked for, the checkpoint's own, or CLIP's; its ids must fit the text encoder."""
+    config = checkpoint.config.text_encoder
+    if isinstance(tokenizer, CLIPTokenizer):
+        found = tokenizer
+    elif tokenizer is not None:
+        found = CLIPTokenizer.from_folder(tokenizer)
+    elif isinstance(checkpoint.tokenizer, str):
+        found = CLIPTokenizer.from_json(checkpoint.tokenizer)
+    elif checkpoint.tokenizer is not None:
+        found = CLIPTokenizer.from_folder(checkpoint.tokenizer)
+    else:
+        found = CLIPTokenizer.clip()
+    if max(found.vocabulary.values()) >= config.vocabulary or found.context_length > config.context_length:
+        raise CheckpointError(
+            f"{checkpoint.path}: the tokenizer ({len(found.vocabulary):,} tokens, {found.context_length} long) does "
+            f"not fit the text encoder ({config.vocabulary:,} tokens, {config.context_length} long); give tokenizer="
+        )
+    return found

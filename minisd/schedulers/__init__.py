@@ -1,0 +1,26 @@
+"""Schedulers: how noise goes into a sample, and how it comes out again, step by step.
+
+In: a model's output for a noisy sample at a timestep. Out: the sample at the next timestep. The walk:
+`equations.py` (the papers' arithmetic, pure functions), `base.py` (noise levels, timesteps), `ddpm.py`,
+`ddim.py`. On the side, `settings.py`: the configuration and its file.
+
+    scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+    scheduler.set_timesteps(50)
+    for t in scheduler.timesteps:
+        x = scheduler.step(model(x, t), t, x).prev_sample
+"""
+
+from .base import Scheduler, StepResult, draw_noise
+from .ddim import DDIMInverseScheduler, DDIMScheduler
+from .ddpm import DDPMScheduler
+from .settings import SchedulerConfig
+
+__all__ = [
+    "DDIMInverseScheduler",
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "Scheduler",
+    "SchedulerConfig",
+    "StepResult",
+    "draw_noise",
+]

@@ -1,0 +1,253 @@
+"""The equations of diffusion, one small pure function each.
+
+In: noise levels (0-dim or broadcastable float32 tensors), samples and model outputs. Out: tensors. Nothing
+here knows a network, a configuration or a random generator. `base.py` comes next in the walk: it owns the
+table of noise levels and asks these functions what to do with it.
+
+The letters of the papers, used throughout:
+
+    x            a noisy sample x_t, shape (B, C, H, W)
+    x0           the clean sample behind it, as far as the model can tell
+    eps          the noise inside it: standard normal, same shape
+    v            the "velocity", a mixture of both that some models predict
+    alpha_bar    how much of x is signal: x = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps, between 0 and 1
+    beta         how much noise one single step adds: alpha_bar is the running product of (1 - beta)
+
+Two rules keep every result equal to diffusers', bit for bit. Noise levels stay 0-dim float32 tensors: a
+Python float is a double, and would round elsewhere. And the order of operations is part of the interface: (a
+* b) / c is not a * (b / c).
+
+    DDPM      Ho et al. 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239
+    DDIM      Song et al. 2021, Denoising Diffusion Implicit Models, arXiv:2010.02502
+    Improved  Nichol & Dhariwal 2021, Improved Denoising Diffusion Probabilistic Models, arXiv:2102.09672
+    v         Salimans & Ho 2022, Progressive Distillation for Fast Sampling, arXiv:2202.00512
+    Imagen    Saharia et al. 2022, Photorealistic Text-to-Image Diffusion Models, arXiv:2205.11487
+    Zero-SNR  Lin et al. 2023, Common Diffusion Noise Schedules and Sample Steps are Flawed, arXiv:2305.08891
+    Laplace   Hang et al. 2024, Improved Noise Schedule for Diffusion Training, arXiv:2407.03297
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# ---------------------------------------------------- beta schedules: how fast the signal drowns
+
+
+def linear_betas(start: float, end: float, steps: int) -> Tensor:
+    """DDPM's schedule (section 4): equal increments of beta. Returns (steps,) float32."""
+    return torch.linspace(start, end, steps, dtype=torch.float32)
+
+
+def scaled_linear_betas(start: float, end: float, steps: int) -> Tensor:
+    """Latent diffusion's schedule, and SD 1.5's: equal increments of sqrt(beta). Returns (steps,) float32."""
+    return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float32) ** 2
+
+
+def sigmoid_betas(start: float, end: float, steps: int) -> Tensor:
+    """GeoDiff's schedule (arXiv:2203.02923): beta rises fastest in the middle. Returns (steps,) float32."""
+    return torch.sigmoid(torch.linspace(-6, 6, steps, dtype=torch.float32)) * (end - start) + start
+
+
+def cosine_betas(start: float, end: float, steps: int) -> Tensor:
+    """Betas of `cosine_alpha_bar`; `start` and `end` have no say. Returns (steps,) float32."""
+    return betas_from_alpha_bar(cosine_alpha_bar, steps)
+
+
+def laplace_betas(start: float, end: float, steps: int) -> Tensor:
+    """Betas of `laplace_alpha_bar`; `start` and `end` have no say. Returns (steps,) float32."""
+    return betas_from_alpha_bar(laplace_alpha_bar, steps)
+
+
+def cosine_alpha_bar(u: float) -> float:
+    """Improved, eq. 17, for u = t/T in [0, 1]. Without the offset 0.008 the first betas are too small."""
+    return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+
+def laplace_alpha_bar(u: float) -> float:
+    """Laplace schedule for u = t/T in [0, 1]: log-SNR is Laplace distributed, with location 0 and scale 1/2.
+
+    The paper has alpha_bar = snr / (1 + snr). The square root is diffusers', and so it is the definition
+    here.
+    """
+    log_snr = -0.5 * math.copysign(1, 0.5 - u) * math.log(1 - 2 * math.fabs(0.5 - u) + 1e-6)
+    snr = math.exp(log_snr)
+    return math.sqrt(snr / (1 + snr))
+
+
+def betas_from_alpha_bar(alpha_bar: Callable[[float], float], steps: int, max_beta: float = 0.999) -> Tensor:
+    """Improved, below eq. 17: beta_t = 1 - alpha_bar(t) / alpha_bar(t - 1), capped: some signal survives."""
+    grid = [i / steps for i in range(steps + 1)]
+    betas = [min(1 - alpha_bar(end) / alpha_bar(start), max_beta) for start, end in pairwise(grid)]
+    return torch.tensor(betas, dtype=torch.float32)
+
+
+BETA_SCHEDULES: dict[str, Callable[[float, float, int], Tensor]] = {
+    "linear": linear_betas,
+    "scaled_linear": scaled_linear_betas,
+    "squaredcos_cap_v2": cosine_betas,
+    "sigmoid": sigmoid_betas,
+    "laplace": laplace_betas,
+}
+
+
+def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
+    """Zero-SNR, algorithm 1: stretch sqrt(alpha_bar) until the last timestep is pure noise. The first stays.
+
+    Ordinary schedules leave a trace of signal at the last timestep (SD 1.5: 7 % of the amplitude), from which
+    a model learns the mean brightness of its picture. Afterwards alpha_bar[-1] is exactly 0, where epsilon
+    prediction divides by zero: such models predict v. `betas`: (T,), T >= 2. Returns (T,).
+    """
+    root = torch.cumprod(1.0 - betas, dim=0).sqrt()  # sqrt(alpha_bar)
+    first, last = root[0], root[-1]
+    root = root - last
+    root = root * (first / (first - last))
+
+    alpha_bar = root**2
+    alphas = torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])  # undo the running product
+    return 1 - alphas
+
+
+# ---------------------------------------------------- spacings: which of T timesteps N steps visit
+# Zero-SNR, table 2. All return descending int64 arrays.
+
+
+def leading_timesteps(train_steps: int, steps: int, offset: int) -> np.ndarray:
+    """Every (T // N)-th timestep from `offset` up. Leaves out the noisiest: N=30 starts at 957 of 999."""
+    return np.arange(steps)[::-1] * (train_steps // steps) + offset
+
+
+def trailing_timesteps(train_steps: int, steps: int, offset: int) -> np.ndarray:
+    """Every (T / N)-th timestep from T - 1 down: always begins at the noisiest. `offset` is not used.
+
+    T / N is rounded, and for some N (61, 103, 121, ... for T = 1000: 62 values in all) `arange` finds room
+    for one timestep more, which becomes -1. diffusers takes that step, and so does minisd.
+    """
+    return np.round(np.arange(train_steps, 0, -train_steps / steps)).astype(np.int64) - 1
+
+
+def linspace_timesteps(train_steps: int, steps: int, offset: int) -> np.ndarray:
+    """N timesteps evenly from T - 1 down to 0, both ends included. `offset` is not used."""
+    return np.linspace(0, train_steps - 1, steps).round()[::-1].astype(np.int64)
+
+
+TIMESTEP_SPACINGS: dict[str, Callable[[int, int, int], np.ndarray]] = {
+    "leading": leading_timesteps,
+    "trailing": trailing_timesteps,
+    "linspace": linspace_timesteps,
+}
+
+# ---------------------------------------------------- forward: from clean to noisy
+
+
+def add_noise(x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
+    """DDPM, eq. 4: x_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps, any t in one jump."""
+    return alpha_bar**0.5 * x0 + (1 - alpha_bar) ** 0.5 * eps
+
+
+def velocity(x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
+    """v, section 4: v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0, the target of a v-predicting model."""
+    return alpha_bar**0.5 * eps - (1 - alpha_bar) ** 0.5 * x0
+
+
+# ---------------------------------------------------- what the model said: x0 and eps
+
+
+def x0_from_output(output: Tensor, x: Tensor, alpha_bar: Tensor, prediction_type: str) -> Tensor:
+    """The clean sample that the model's output implies: DDPM, eq. 15 (`add_noise` solved for x0)."""
+    if prediction_type == "epsilon":
+        return (x - (1 - alpha_bar) ** 0.5 * output) / alpha_bar**0.5
+    if prediction_type == "v_prediction":
+        return alpha_bar**0.5 * x - (1 - alpha_bar) ** 0.5 * output
+    return output  # "sample": the model predicts x0 itself
+
+
+def eps_from_output(output: Tensor, x: Tensor, alpha_bar: Tensor, prediction_type: str) -> Tensor:
+    """The noise that the model's output implies. Together with x0 it makes up x."""
+    if prediction_type == "epsilon":
+        return output
+    if prediction_type == "v_prediction":
+        return alpha_bar**0.5 * output + (1 - alpha_bar) ** 0.5 * x
+    return eps_from_x0(output, x, alpha_bar)
+
+
+def eps_from_x0(x0: Tensor, x: Tensor, alpha_bar: Tensor) -> Tensor:
+    """`add_noise` solved for eps."""
+    return (x - alpha_bar**0.5 * x0) / (1 - alpha_bar) ** 0.5
+
+
+def dynamic_threshold(x0: Tensor, ratio: float, max_value: float) -> Tensor:
+    """Imagen, section 2.3: clip each image to its own range [-s, s], then divide by s: it fills [-1, 1].
+
+    s is the `ratio` quantile of |x0| over the image, but at least 1 (then this is plain clipping to [-1, 1])
+    and at most `max_value`. Pulls saturated pixels inwards instead of cutting them off. x0: (B, ...), one s
+    for each of B.
+    """
+    flat = x0.flatten(1)
+    if flat.dtype not in (torch.float32, torch.float64):
+        flat = flat.float()  # quantiles exist for float32 and float64 only
+    s = torch.quantile(flat.abs(), ratio, dim=1).clamp(min=1, max=max_value)[:, None]  # (B, 1)
+    return (flat.clamp(-s, s) / s).reshape(x0.shape).to(x0.dtype)
+
+
+# ---------------------------------------------------- backward: DDPM
+
+
+def posterior_mean(x0: Tensor, x: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor) -> Tensor:
+    """DDPM, eq. 7: the mean of x_{t-1} when both ends, x0 and x_t, are known."""
+    alpha = alpha_bar / alpha_bar_prev
+    beta = 1 - alpha
+    x0_weight = (alpha_bar_prev**0.5 * beta) / (1 - alpha_bar)
+    x_weight = alpha**0.5 * (1 - alpha_bar_prev) / (1 - alpha_bar)
+    return x0_weight * x0 + x_weight * x
+
+
+def posterior_variance(alpha_bar: Tensor, alpha_bar_prev: Tensor) -> Tensor:
+    """The variance that goes with `posterior_mean`: DDPM, eq. 7; also DDIM, eq. 16, squared, for eta = 1."""
+    return (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)
+
+
+def ddpm_noise_scale(
+    variance_type: str, alpha_bar: Tensor, alpha_bar_prev: Tensor, predicted: Tensor | None = None
+) -> Tensor:
+    """The standard deviation of the noise that a DDPM step adds.
+
+    DDPM, section 3.2, has two choices: the posterior's variance ("fixed_small") and beta ("fixed_large").
+    Improved, eq. 15, lets the network choose between them in log space ("learned_range"; `predicted`: -1
+    small, +1 large; (B, C, H, W)) or say the variance outright ("learned").
+    """
+    # The step to a clean sample adds nothing (variance 0), and a logarithm needs more than that.
+    small = torch.clamp(posterior_variance(alpha_bar, alpha_bar_prev), min=1e-20)
+    large = 1 - alpha_bar / alpha_bar_prev
+    if variance_type == "fixed_small_log":
+        return torch.exp(0.5 * torch.log(small))
+    if variance_type == "fixed_large":
+        return large**0.5
+    if variance_type == "fixed_large_log":
+        # The root of a negative logarithm is not a number, here as in diffusers. Not to sample with.
+        return torch.log(large) ** 0.5
+    if variance_type == "learned" and predicted is not None:
+        return predicted**0.5
+    if variance_type == "learned_range" and predicted is not None:
+        fraction = (predicted + 1) / 2
+        return torch.exp(0.5 * (fraction * torch.log(large) + (1 - fraction) * torch.log(small)))
+    return small**0.5
+
+
+# ---------------------------------------------------- backward (and forward again): DDIM
+
+
+def ddim_update(x0: Tensor, eps: Tensor, alpha_bar_prev: Tensor, sigma: Tensor | float) -> Tensor:
+    """DDIM, eq. 12 without its random term: rebuild a sample from x0 and eps, at another noise level.
+
+    With sigma = 0 nothing is random, and the same equation leads down (sampling) and up (inversion). With
+    sigma > 0 the caller adds sigma * noise, and eps makes room for it. At eta = 1 and a zero terminal SNR
+    there is no room to spare: rounding can leave the root of a negative number, NaN, at the first step (with
+    SD's betas for N = 10, 20, 25, ...). So it does in diffusers.
+    """
+    return alpha_bar_prev**0.5 * x0 + (1 - alpha_bar_prev - sigma**2) ** 0.5 * eps

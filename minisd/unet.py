@@ -1,0 +1,209 @@
+"""Noisy latent, timestep, text -> the noise in it: the flat UNet with cross-attention.
+
+In: latents (B, 4, H/8, W/8), timesteps, context (B, 77, 768) from `text_encoder.py`. Out: the predicted noise, shaped
+as the latents. Next in the walk: `schedulers.py`, which takes that noise away; then `vae.py`.
+"""
+
+import math
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from minisd.config import UNetConfig
+from minisd.layers import ACTIVATIONS, Attention, Downsample, ResnetBlock, Upsample
+
+
+def timestep_embedding(timesteps: Tensor, width: int) -> Tensor:
+    """Timesteps (B,) -> (B, width) float32: waves of geometrically falling frequency, cosines first, then sines.
+
+    Vaswani et al. 2017, section 3.5, in the order that CompVis trained with.
+    """
+    half = width // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half)
+    angles = timesteps[:, None].float() * frequencies[None, :]
+    return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
+
+
+class TimeEmbedding(nn.Module):
+    """The two-layer network that makes a timestep's waves useful to every ResNet block."""
+
+    def __init__(self, wave_width: int, width: int, activation: str) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
+        self.linear1 = nn.Linear(wave_width, width)
+        self.linear2 = nn.Linear(width, width)
+
+    def forward(self, waves: Tensor) -> Tensor:
+        return self.linear2(self.activation(self.linear1(waves)))
+
+
+class GatedFeedForward(nn.Module):
+    """GEGLU (Shazeer 2020, arXiv:2002.05202): one half of a wide vector is gated by the exact GELU of the other."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.expand = nn.Linear(width, 2 * 4 * width)
+        self.contract = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.expand(x).chunk(2, dim=-1)
+        return self.contract(value * F.gelu(gate))
+
+
+class SpatialTransformer(nn.Module):
+    """Where text meets picture: pixels look at each other (self), then at the prompt (cross), then think alone.
+
+    Rombach et al. 2022, appendix E.2.1.
+    """
+
+    def __init__(self, width: int, config: UNetConfig) -> None:
+        super().__init__()
+        heads, eps = config.heads, config.layer_norm_eps
+        self.norm = nn.GroupNorm(config.norm_groups, width, eps=config.transformer_norm_eps)
+        self.proj_in = nn.Conv2d(width, width, 1)
+        self.self_attn_norm = nn.LayerNorm(width, eps=eps)
+        self.self_attn = Attention(width, width, heads=heads, qkv_bias=False)
+        self.cross_attn_norm = nn.LayerNorm(width, eps=eps)
+        self.cross_attn = Attention(width, config.context_width, heads=heads, qkv_bias=False)
+        self.feed_forward_norm = nn.LayerNorm(width, eps=eps)
+        self.feed_forward = GatedFeedForward(width)
+        self.proj_out = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """`x` (B, C, H, W), `context` (B, T, D) -> (B, C, H, W)."""
+        residual, height = x, x.shape[2]
+        x = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")  # (B, HW, C)
+        normed = self.self_attn_norm(x)
+        x = self.self_attn(normed, normed, causal=False) + x
+        x = self.cross_attn(self.cross_attn_norm(x), context, causal=False) + x
+        x = self.feed_forward(self.feed_forward_norm(x)) + x
+        x = rearrange(x, "b (h w) c -> b c h w", h=height)  # (B, C, H, W)
+        return self.proj_out(like_layout(x, residual)) + residual
+
+
+def like_layout(x: Tensor, reference: Tensor) -> Tensor:
+    """Lay `x` out in memory as `reference` is, so that one convolution kernel serves the whole network."""
+    channels_last = reference.is_contiguous(memory_format=torch.channels_last) and not reference.is_contiguous()
+    return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+class Block(nn.Module):
+    """One station of the flat UNet: any of resnet, attention, downsample, upsample, in that order."""
+
+    def __init__(
+        self,
+        *,
+        resnet: ResnetBlock | None = None,
+        attention: SpatialTransformer | None = None,
+        downsample: Downsample | None = None,
+        upsample: Upsample | None = None,
+    ) -> None:
+        super().__init__()
+        self.resnet, self.attention = resnet, attention
+        self.downsample, self.upsample = downsample, upsample
+
+    def forward(self, x: Tensor, time: Tensor, context: Tensor, size: tuple[int, int]) -> Tensor:
+        """`size` is the height and width to enlarge to, where there is an `upsample`."""
+        if self.resnet is not None:
+            x = self.resnet(x, time)
+        if self.attention is not None:
+            x = self.attention(x, context)
+        if self.downsample is not None:
+            x = self.downsample(x)
+        if self.upsample is not None:
+            x = self.upsample(x, size)
+        return x
+
+
+class UNet(nn.Module):
+    """The denoiser eps(x, t, context) of Ho et al. 2020 with the cross-attention of Rombach et al. 2022.
+
+    Stable Diffusion 1.5 at 512 x 512 pixels (R resnet, A attention, D downsample, U upsample):
+
+        latents 64x64   down  conv_in  RA  RA  D        up  RA RA RA  -> norm_out, conv_out     width  320
+                32x32              RA  RA  D                RA RA RAU                                  640
+                16x16              RA  RA  D                RA RA RAU                                 1280
+                 8x8               R   R                    R  R  RU                                  1280
+                                          middle  RA R
+
+    Every output on the way down, that of `conv_in` included, is a skip: 12 are pushed, and each of the 12 blocks on the
+    way up begins by popping one and standing it beside its input.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths, time_width = config.widths, 4 * config.widths[0]
+
+        def resnet(in_width: int, out_width: int) -> ResnetBlock:
+            return ResnetBlock(
+                in_width,
+                out_width,
+                time_width=time_width,
+                groups=config.norm_groups,
+                eps=config.norm_eps,
+                activation=config.activation,
+            )
+
+        self.time_embedding = TimeEmbedding(widths[0], time_width, config.activation)
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+
+        self.down = nn.ModuleList()
+        width, skip_widths = widths[0], [widths[0]]
+        for level, level_width in enumerate(widths):
+            for _ in range(config.resnets_per_level):
+                attention = SpatialTransformer(level_width, config) if config.attention[level] else None
+                self.down.append(Block(resnet=resnet(width, level_width), attention=attention))
+                width = level_width
+                skip_widths.append(width)
+            if level < len(widths) - 1:
+                self.down.append(Block(downsample=Downsample(width, padding=config.downsample_padding)))
+                skip_widths.append(width)
+
+        self.middle = nn.ModuleList(
+            [
+                Block(resnet=resnet(width, width), attention=SpatialTransformer(width, config)),
+                Block(resnet=resnet(width, width)),
+            ]
+        )
+
+        self.up = nn.ModuleList()
+        for level, level_width in reversed(list(enumerate(widths))):
+            for index in range(config.resnets_per_level + 1):
+                attention = SpatialTransformer(level_width, config) if config.attention[level] else None
+                last_of_level = index == config.resnets_per_level and level > 0
+                upsample = Upsample(level_width) if last_of_level else None
+                block = resnet(width + skip_widths.pop(), level_width)
+                self.up.append(Block(resnet=block, attention=attention, upsample=upsample))
+                width = level_width
+
+        self.activation = ACTIVATIONS[config.activation]
+        self.norm_out = nn.GroupNorm(config.norm_groups, width, eps=config.norm_eps)
+        self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
+
+    def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        """Predict the noise in `latents` (B, C, H, W) at `timesteps` (() or (B,), 0 to 999) under `context` (B, T, D).
+
+        Any height and width: odd sizes are halved upwards and come back to what the skip beside them has.
+        """
+        waves = timestep_embedding(timesteps.expand(len(latents)), self.config.widths[0])
+        time = self.time_embedding(waves.to(latents.dtype))
+        x = self.conv_in(latents)
+        skips = [x]
+        for block in self.down:
+            x = block(x, time, context, size_of(x))
+            skips.append(x)
+        for block in self.middle:
+            x = block(x, time, context, size_of(x))
+        for block in self.up:
+            x = torch.cat([x, skips.pop()], dim=1)
+            x = block(x, time, context, size_of(skips[-1] if skips else x))
+        return self.conv_out(self.activation(self.norm_out(x)))
+
+
+def size_of(x: Tensor) -> tuple[int, int]:
+    """Height and width of (B, C, H, W)."""
+    return cast(tuple[int, int], tuple(x.shape[-2:]))

@@ -1,0 +1,33 @@
+"""Fixtures for all tests, and what decides which run: no network, ever; real weights only if given."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test may touch the network
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--weights", metavar="PATH", help="also run the tests on real SD 1.5 weights at PATH")
+
+
+@pytest.fixture(scope="session")
+def twin(tmp_path_factory: pytest.TempPathFactory):
+    """diffusers' pipeline in miniature, and the folder to which diffusers saved it."""
+    from tests.parity.reference import NARROW, reference_pipeline
+
+    torch.manual_seed(0)
+    folder: Path = tmp_path_factory.mktemp("twin")
+    pipeline = reference_pipeline(NARROW, tmp_path_factory.mktemp("tokenizer"))
+    pipeline.save_pretrained(folder)
+    return pipeline, folder
+
+
+@pytest.fixture(scope="session")
+def ours(twin):
+    """minisd's model, loaded from what diffusers saved."""
+    import minisd
+
+    return minisd.StableDiffusion.load(twin[1])
