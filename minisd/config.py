@@ -59,6 +59,11 @@ class VAEConfig:
     norm_eps: float
     scaling_factor: float  # latents are multiplied by it before diffusion, so that their variance is about 1
 
+    @property
+    def downsampling(self) -> int:
+        """How many pixels of height and width one latent stands for: 8."""
+        return 2 ** (len(self.widths) - 1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:

@@ -14,7 +14,7 @@ Read on in this order: `tokenizer.py`, `text_encoder.py`, `unet.py`, `schedulers
 import inspect
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,13 +27,13 @@ from minisd.checkpoint.errors import CheckpointError
 from minisd.checkpoint.reading import Checkpoint, open_checkpoint, read_state
 from minisd.checkpoint.writing import Model, save
 from minisd.config import ModelConfig
-from minisd.schedulers import DDIMScheduler, DDPMScheduler, Scheduler, draw_noise
+from minisd.noise import Generators, draw_noise
+from minisd.schedulers import DDIMScheduler, DDPMScheduler, Scheduler
 from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import CLIPTokenizer
 from minisd.unet import UNet
 from minisd.vae import VAE
 
-Generators = torch.Generator | Sequence[torch.Generator] | None
 SCHEDULERS: dict[str, type[Scheduler]] = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}
 
 
@@ -212,7 +212,7 @@ class StableDiffusion:
 
     def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Pixels -> latents. Raises ValueError for a size that the VAE cannot make."""
-        factor = 2 ** (len(self.vae.config.widths) - 1)
+        factor = self.vae.config.downsampling
         default = self.unet.config.sample_size * factor
         height, width = (default if size is None else size for size in (height, width))
         for name, size in (("height", height), ("width", width)):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from minisd.config import VAEConfig
 from minisd.layers import ACTIVATIONS, Attention, Downsample, ResnetBlock, Upsample
+from minisd.noise import Generators, draw_noise
 
 
 class Gaussian:
@@ -24,14 +25,9 @@ class Gaussian:
     def std(self) -> Tensor:
         return torch.exp(0.5 * self.logvar)
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """mean + std * noise (Kingma & Welling 2013, equation 10). The noise is drawn where `generator` lives.
-
-        Without one it is drawn on the CPU from torch's global generator, whatever the device.
-        """
-        device = generator.device if generator is not None else "cpu"
-        noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
-        return self.mean + self.std * noise.to(self.mean.device)
+    def sample(self, generator: Generators = None) -> Tensor:
+        """mean + std * noise (Kingma & Welling 2013, equation 10), the noise from `generator`: one, or one each."""
+        return self.mean + self.std * draw_noise(self.mean.shape, generator, self.mean.device, self.mean.dtype)
 
     def mode(self) -> Tensor:
         """The most likely latents: the mean."""

@@ -136,7 +136,6 @@ STRANGERS = (
     ("an IP-Adapter", "ip_adapter. image_proj."),
     ("a ControlNet", "control_model. controlnet_cond_embedding. input_hint_block."),
     ("a TAESD autoencoder", "taesd_decoder. encoder.layers.0.weight decoder.layers.1.weight"),
-    ("a textual inversion embedding", "emb_params string_to_param clip_l clip_g"),
 )
 LORA_MARKS = (
     ".lora_down. .lora_up. .lora_A. .lora_B. _lora.down. _lora.up. .lora.down. .lora.up. .hada_w1_a .lokr_w1"
@@ -148,6 +147,8 @@ def stranger(tensors: Tensors) -> str | None:
     if tensors and sum(any(mark in name for mark in LORA_MARKS) for name in tensors) > len(tensors) // 3:
         return "a LoRA: a change to a model, not a model"
     has_unet = bool(namings("unet", tensors))
+    if tensors and len(tensors) < 10 and {"emb_params", "clip_l", "clip_g"} & tensors.keys():
+        return "a textual inversion embedding"
     for label, marks in STRANGERS:
         small_part = label.startswith("a ControlNet") and has_unet
         if not small_part and any(name.startswith(tuple(marks.split())) for name in tensors):

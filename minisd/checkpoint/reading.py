@@ -25,6 +25,7 @@ from minisd.checkpoint.layouts import INFER, Match, Naming, Problems, ignorable,
 from minisd.checkpoint.sources import GENERATION_CONFIG, STEMS, index_name, resolve, single_name, variant_of
 from minisd.checkpoint.textfiles import read_json_object
 from minisd.config import SD15, ModelConfig
+from minisd.schedulers import DDIMScheduler
 
 KEYS: dict[str, Any] = {"unet": unet_keys, "vae": vae_keys, "text_encoder": text_encoder_keys}
 TITLES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder"}
@@ -133,13 +134,17 @@ def fit(component: str, config: Any, files: Files, naming: Naming, problems: Pro
     return Component(config, files, found)
 
 
-def leftovers(files: Files, components: list[Component], problems: Problems) -> None:
-    """Every tensor of the file that no component uses must be in a class that can be ignored."""
-    used = {source for component in components for source, _ in component.match.sources.values()}
-    mis_shaped = {name for name, _, _ in problems.shape}
-    for name in files.tensors:
-        if name not in used and name not in mis_shaped and ignorable(name) is None:
-            problems.unexpected.append(name)
+def leftovers(files: Files, components: list[Component], problems: Problems, spare: Naming | None = None) -> None:
+    """Every tensor of the file that no component uses must be in a class that can be ignored.
+
+    `spare` names a second set of UNet weights, raw or averaged, of which the other one was chosen.
+    """
+    known = {source for component in components for source, _ in component.match.sources.values()}
+    known |= {name for name, _, _ in problems.shape}
+    for component in components:
+        if spare is not None and component.match.naming.component == "unet":
+            known |= {name for key in unet_keys(component.config) for name in spare.names(key)}
+    problems.unexpected += [name for name in files.tensors if name not in known and ignorable(name) is None]
 
 
 def open_folder(path: Path, *, half: bool, weights: str, skip: tuple[str, ...]) -> Checkpoint:
@@ -155,12 +160,22 @@ def open_folder(path: Path, *, half: bool, weights: str, skip: tuple[str, ...]) 
             raise CheckpointError(f"{path}: is not a model in diffusers' layout: it has no folder {name}/{hint}")
         components[name] = open_component(folder, name, half=half, weights=weights, notes=notes)
     scheduler = path / "scheduler" / "scheduler_config.json"
-    settings = read_json_object(scheduler) if scheduler.exists() else dict(SD15.scheduler)
+    settings = read_scheduler(scheduler) if scheduler.exists() else dict(SD15.scheduler)
     if not (path / "tokenizer").is_dir():
         raise CheckpointError(f"{path}: has no folder tokenizer/")
     recommended = path / GENERATION_CONFIG
     generation = read_json_object(recommended) if recommended.exists() else {}
     return Checkpoint(path, components, settings, path / "tokenizer", notes, generation)
+
+
+def read_scheduler(path: Path) -> dict[str, Any]:
+    """scheduler_config.json: a noise schedule that DDIM can follow, whichever scheduler wrote it."""
+    settings = {name: value for name, value in read_json_object(path).items() if not name.startswith("_")}
+    try:
+        DDIMScheduler.from_config({"num_train_timesteps": 1000} | settings)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return settings
 
 
 def open_component(folder: Path, name: str, *, half: bool, weights: str, notes: list[str]) -> Component:
@@ -238,6 +253,8 @@ def open_single_file(path: Path, *, weights: str, skip: tuple[str, ...]) -> Chec
     missing = [name for name in COMPONENTS if not found[name] and name not in skip]
     if missing:
         way_out = "; give a VAE with vae=" if missing == ["vae"] else ""
+        if present == ["VAE"]:
+            way_out = "; give it with vae= beside a model"
         only = f"holds a {' and a '.join(present)} only"
         raise CheckpointError(f"{path}: {only}: no {' and no '.join(TITLES[n] for n in missing)}{way_out}")
     stored = stored_config(files)
@@ -249,7 +266,8 @@ def open_single_file(path: Path, *, weights: str, skip: tuple[str, ...]) -> Chec
         naming = choose_unet(found[name], files, weights, notes) if name == "unet" else found[name]["raw"]
         config = getattr(stored, name) if stored else infer(name, files, naming)
         components[name] = fit(name, config, files, naming, problems)
-    leftovers(files, list(components.values()), problems)
+    spare = next((other for other in found["unet"].values() if other != components["unet"].match.naming), None)
+    leftovers(files, list(components.values()), problems, spare)
     problems.raise_for(str(path))
     note_position_ids(files, notes)
     scheduler = dict(stored.scheduler if stored else SD15.scheduler) | prediction_hints(files)

@@ -10,10 +10,10 @@ In: a model's output for a noisy sample at a timestep. Out: the sample at the ne
         x = scheduler.step(model(x, t), t, x).prev_sample
 """
 
-from .base import Scheduler, StepResult, draw_noise
-from .ddim import DDIMInverseScheduler, DDIMScheduler
-from .ddpm import DDPMScheduler
-from .settings import SchedulerConfig
+from minisd.schedulers.base import Scheduler, StepResult
+from minisd.schedulers.ddim import DDIMInverseScheduler, DDIMScheduler
+from minisd.schedulers.ddpm import DDPMScheduler
+from minisd.schedulers.settings import SchedulerConfig
 
 __all__ = [
     "DDIMInverseScheduler",
@@ -22,5 +22,4 @@ __all__ = [
     "Scheduler",
     "SchedulerConfig",
     "StepResult",
-    "draw_noise",
 ]

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import equations
-from .settings import (
+from minisd.schedulers import equations
+from minisd.schedulers.settings import (
     CONFIG_FILE,
     SchedulerConfig,
     is_between,
@@ -35,9 +35,8 @@ from .settings import (
 if TYPE_CHECKING:
     from typing import Self
 
+MAX_TIMESTEPS = 1_000_000  # a thousand times what anybody trains with: more is a broken file
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
-
-Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 class StepResult(NamedTuple):
@@ -97,7 +96,7 @@ class Scheduler:
         self._foreign: dict[str, Any] = {}
 
     def _check_arguments(self) -> None:
-        self.num_train_timesteps = whole("num_train_timesteps", self.num_train_timesteps, 1)
+        self.num_train_timesteps = whole("num_train_timesteps", self.num_train_timesteps, 1, MAX_TIMESTEPS)
         self.steps_offset = whole("steps_offset", self.steps_offset, 0)
         require_one_of(PREDICTION_TYPES, "prediction_type", self.prediction_type)
         require_one_of(self.timestep_spacings, "timestep_spacing", self.timestep_spacing)
@@ -266,21 +265,3 @@ def check_shapes(model_output: Tensor, sample: Tensor) -> None:
     """ValueError unless a model's output is as large as the sample it is for."""
     got, want = tuple(model_output.shape), tuple(sample.shape)
     require(got == want, "model_output.shape", got, f"the shape of sample, {want}")
-
-
-def draw_noise(shape: torch.Size, generator: Generators, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Standard normal noise of `shape`, on `device`.
-
-    A CPU generator draws on the CPU whatever the device, so that one seed means one picture everywhere. A
-    list has one generator for each image, whose noise then depends on its own seed only, not on its
-    neighbours in the batch.
-    """
-    if isinstance(generator, Sequence) and len(generator) == 1:
-        generator = generator[0]
-    if isinstance(generator, Sequence):
-        require(len(generator) >= shape[0], "generator", generator, f"one, or one for each of {shape[0]} samples")
-        single = torch.Size((1, *shape[1:]))
-        return torch.cat([draw_noise(single, own, device, dtype) for own in generator[: shape[0]]])
-    source = device if generator is None else generator.device
-    require(source.type in ("cpu", device.type), "generator", generator, f"one on the CPU or on {device}")
-    return torch.randn(shape, generator=generator, device=source, dtype=dtype).to(device)

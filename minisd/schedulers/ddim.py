@@ -14,9 +14,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from . import equations
-from .base import Generators, Scheduler, StepResult, ThresholdingScheduler, check_shapes, draw_noise
-from .settings import is_between, require
+from minisd.noise import Generators, draw_noise
+from minisd.schedulers import equations
+from minisd.schedulers.base import Scheduler, StepResult, ThresholdingScheduler, check_shapes
+from minisd.schedulers.settings import is_between, require
 
 
 @dataclass(eq=False)

@@ -15,9 +15,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from . import equations
-from .base import Generators, StepResult, ThresholdingScheduler, check_shapes, draw_noise
-from .settings import require, require_one_of, whole
+from minisd.noise import Generators, draw_noise
+from minisd.schedulers import equations
+from minisd.schedulers.base import StepResult, ThresholdingScheduler, check_shapes
+from minisd.schedulers.settings import require, require_one_of, whole
 
 VARIANCE_TYPES = (
     "fixed_small",

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from minisd.noise import draw_noise
 from minisd.schedulers import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler, equations
-from minisd.schedulers.base import draw_noise
 
 SD15 = {
     "beta_start": 0.00085,

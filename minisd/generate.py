@@ -1,0 +1,242 @@
+"""What `minisd generate` does: load, paint, write. The painting itself is `pipeline.py`."""
+
+import io
+import json
+import math
+import os
+import re
+import secrets
+import sys
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image, PngImagePlugin
+from tqdm import tqdm
+
+import minisd
+from minisd.pipeline import StableDiffusion, to_pictures
+
+
+@dataclass
+class Settings:
+    """All that makes a picture: enough to make it again."""
+
+    prompt: str
+    negative: str
+    steps: int
+    scheduler: str
+    guidance: float
+    guidance_rescale: float
+    eta: float
+    clip_skip: int
+    seed: int
+    width: int
+    height: int
+    model: str
+
+    def parameters(self, seed: int) -> str:
+        """The `parameters` text that other programs read out of a PNG."""
+        parts = {
+            "Steps": self.steps,
+            "Sampler": self.scheduler.upper(),
+            "CFG scale": f"{self.guidance:g}",
+            "CFG rescale": f"{self.guidance_rescale:g}" if self.guidance_rescale else None,
+            "Eta": f"{self.eta:g}" if self.eta else None,
+            "Clip skip": self.clip_skip + 1 if self.clip_skip else None,  # others count the layers from 1
+            "Seed": seed,
+            "Size": f"{self.width}x{self.height}",
+            "Model": self.model,
+            "Version": f"minisd {minisd.__version__}",
+        }
+        lines = [self.prompt, f"Negative prompt: {self.negative}" if self.negative else None]
+        lines.append(", ".join(f"{name}: {value}" for name, value in parts.items() if value is not None))
+        return "\n".join(line for line in lines if line is not None)
+
+
+@dataclass
+class Paths:
+    """Where the pictures go: one path a picture, and one for the grid where there are several."""
+
+    output: Path
+    images: list[Path] = field(default_factory=list)
+
+    @property
+    def grid(self) -> Path | None:
+        return self.output if len(self.images) > 1 else None
+
+
+def run(
+    *,
+    prompt: str,
+    output: str | None,
+    model: str,
+    vae: str | None,
+    weights: str,
+    negative: str,
+    seed: int | None,
+    steps: int | None,
+    guidance: float | None,
+    guidance_rescale: float,
+    size: tuple[int, int] | None,
+    scheduler: str,
+    eta: float,
+    images: int,
+    clip_skip: int,
+    device: str,
+    dtype: str,
+    steps_dir: str | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Paint and write (see `minisd generate --help`). Everything is checked before anything is written."""
+    started = time.perf_counter()
+    if eta and scheduler == "ddpm":
+        raise ValueError("eta is an option of ddim; ddpm is always as random as eta 1")
+    drawn = secrets.randbelow(2**32) if seed is None else seed
+    paths = plan_paths(output, prompt, drawn, images)
+    if steps_dir is not None:
+        check_folder(Path(steps_dir))
+    sd = load(model, vae, weights, device, dtype)
+    if seed is None:
+        print(f"seed {drawn}", file=sys.stderr)
+    height, width = sd.latent_size(*reversed(size)) if size else sd.latent_size(None, None)
+    factor = sd.vae.config.downsampling
+    settings = Settings(
+        prompt=prompt,
+        negative=negative,
+        steps=sd.generation.get("steps", 50) if steps is None else steps,
+        scheduler=scheduler,
+        guidance=sd.generation.get("guidance_scale", 7.5) if guidance is None else guidance,
+        guidance_rescale=guidance_rescale,
+        eta=eta,
+        clip_skip=clip_skip,
+        seed=drawn,
+        width=width * factor,
+        height=height * factor,
+        model=model,
+    )
+    pictures = paint(sd, settings, images, Path(steps_dir) if steps_dir else None, quiet)
+    for offset, (path, picture) in enumerate(zip(paths.images, pictures, strict=True)):
+        write_png(path, picture, settings.parameters(drawn + offset))
+    if paths.grid:
+        write_png(paths.grid, make_grid(pictures), settings.parameters(drawn))
+    report(paths, settings, time.perf_counter() - started, as_json)
+
+
+def load(model: str, vae: str | None, weights: str, device: str, dtype: str) -> StableDiffusion:
+    """Load the model; float32 on a CPU and float16 on an accelerator unless asked otherwise."""
+    if device == "auto":
+        mps = torch.backends.mps.is_available()
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if dtype == "auto":
+        dtype = "float32" if device.startswith("cpu") else "float16"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        sd = StableDiffusion.load(model, dtype=getattr(torch, dtype), device=device, weights=weights, vae=vae)
+    for warning in caught:
+        print(f"note: {warning.message}", file=sys.stderr)
+    return sd
+
+
+@torch.no_grad()
+def paint(
+    sd: StableDiffusion, settings: Settings, images: int, steps_dir: Path | None, quiet: bool
+) -> list[Image.Image]:
+    """Run the sampling loop under a progress bar. Each picture has a seed of its own: seed, seed + 1, ..."""
+    denoising = sd.denoise(
+        settings.prompt,
+        negative_prompt=settings.negative,
+        steps=settings.steps,
+        guidance_scale=settings.guidance,
+        guidance_rescale=settings.guidance_rescale,
+        height=settings.height,
+        width=settings.width,
+        generator=[torch.Generator().manual_seed(settings.seed + offset) for offset in range(images)],
+        scheduler=settings.scheduler,
+        eta=settings.eta,
+        images_per_prompt=images,
+        clip_skip=settings.clip_skip,
+    )
+    bar = tqdm(denoising, total=settings.steps, unit="step", leave=False, disable=True if quiet else None)
+    for step in bar:
+        if steps_dir is not None:
+            steps_dir.mkdir(exist_ok=True)
+            foreseen = make_grid(to_pictures(sd.decode(step.x0)))
+            name = f"step-{step.index + 1:03}-t{step.timestep:03}.png"
+            write_png(steps_dir / name, foreseen, settings.parameters(settings.seed))
+    return to_pictures(sd.decode(step.latents))
+
+
+def plan_paths(output: str | None, prompt: str, seed: int, images: int) -> Paths:
+    """Choose the file names, and make sure now that they can be written."""
+    if output is None:
+        words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-")
+        output = f"{words or 'picture'}-{seed}.png"
+    path = Path(output).expanduser()
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"{path}: the name must end in .png (PNG files carry their settings)")
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; name a file in it")
+    check_folder(path.parent / "x")
+    digits = len(str(images))
+    singles = [path.with_name(f"{path.stem}-{number:0{digits}}.png") for number in range(1, images + 1)]
+    return Paths(path, singles if images > 1 else [path])
+
+
+def check_folder(path: Path) -> None:
+    """Raise ValueError unless `path` can be made, or is a folder that can be written to."""
+    folder = path if path.is_dir() else path.parent
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path}: exists and is not a folder")
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: there is no such folder to write to")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"{folder}: no permission to write there")
+
+
+def make_grid(pictures: list[Image.Image]) -> Image.Image:
+    """Pictures of one size -> one picture, in rows that are about as many as the columns."""
+    columns = math.ceil(math.sqrt(len(pictures)))
+    rows = math.ceil(len(pictures) / columns)
+    width, height = pictures[0].size
+    grid = Image.new("RGB", (columns * width, rows * height))
+    for index, picture in enumerate(pictures):
+        grid.paste(picture, (index % columns * width, index // columns * height))
+    return grid
+
+
+def write_png(path: Path, picture: Image.Image, parameters: str) -> None:
+    """Write a PNG with its settings, under a temporary name first: never half a picture."""
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt("parameters", parameters) if not parameters.isascii() else text.add_text("parameters", parameters)
+    data = io.BytesIO()
+    picture.save(data, format="PNG", pnginfo=text)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.stem[:40]}-", delete=False) as scratch:
+        try:
+            scratch.write(data.getbuffer())
+            scratch.close()
+            os.chmod(scratch.name, 0o666 & ~current_umask())  # temporary files are private, pictures are not
+            os.replace(scratch.name, path)
+        except BaseException:
+            os.unlink(scratch.name)
+            raise
+
+
+def current_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def report(paths: Paths, settings: Settings, seconds: float, as_json: bool) -> None:
+    """Say what was written: paths, the main one last; or everything as JSON."""
+    if as_json:
+        files = {"images": [str(path) for path in paths.images], "grid": str(paths.grid) if paths.grid else None}
+        print(json.dumps({**files, **vars(settings), "seconds": round(seconds, 2)}, ensure_ascii=False))
+        return
+    for path in [*paths.images, *([paths.grid] if paths.grid else [])]:
+        print(path)

@@ -1,0 +1,137 @@
+"""Hostile and damaged safetensors files: CheckpointError with the cause, at once, and nothing else."""
+
+import json
+import os
+import struct
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from minisd.checkpoint.errors import CheckpointError
+from minisd.checkpoint.header import read_header
+
+
+def safetensors(header: object, data: bytes = b"", *, length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def entry(dtype="F32", shape=(1,), offsets=(0, 4)) -> dict:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+BROKEN = {
+    "empty": (b"", "empty"),
+    "short": (b"abc", "too short"),
+    "text": (b"hello, this is a text file of some length\n", "not a safetensors file"),
+    "header longer than the file": (safetensors({}, length=5000), "truncated"),
+    "header of terabytes": (safetensors({}, length=1 << 60), "not a safetensors file"),
+    "not JSON": (safetensors(b"{not json}"), "not JSON"),
+    "not UTF-8": (safetensors(b'{"\xff": 1}'), "not JSON"),
+    "deep nesting": (safetensors(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"), "not JSON"),
+    "an array": (safetensors(b"[]"), "not a safetensors file"),
+    "a name twice": (safetensors(b'{"a": 1, "a": 2}'), "twice"),
+    "no description": (safetensors({"a": 3}), "no description"),
+    "unknown dtype": (safetensors({"a": entry("F77")}, b"0" * 4), "dtype"),
+    "dtype of another type": (safetensors({"a": entry(["F32"])}, b"0" * 4), "dtype"),
+    "negative shape": (safetensors({"a": entry(shape=(-1,))}, b"0" * 4), "shape"),
+    "float shape": (safetensors({"a": entry(shape=(1.0,))}, b"0" * 4), "shape"),
+    "huge shape": (safetensors({"a": entry(shape=(1 << 62, 1 << 62))}, b"0" * 4), "does not fit"),
+    "no offsets": (safetensors({"a": {"dtype": "F32", "shape": [1]}}, b"0" * 4), "offsets"),
+    "backwards offsets": (safetensors({"a": entry(offsets=(4, 0))}, b"0" * 4), "does not fit"),
+    "offsets past the end": (safetensors({"a": entry(shape=(1 << 40,), offsets=(0, 1 << 42))}, b"0" * 4), "truncated"),
+    "overlap": (safetensors({"a": entry(), "b": entry(offsets=(0, 4))}, b"0" * 4), "overlap"),
+    "hole": (safetensors({"a": entry(), "b": entry(offsets=(8, 12))}, b"0" * 12), "hole"),
+    "truncated": (safetensors({"a": entry(shape=(4,), offsets=(0, 16))}, b"0" * 15), "truncated"),
+    "trailing bytes": (safetensors({"a": entry()}, b"0" * 5), "after its last tensor"),
+    "metadata of numbers": (safetensors({"__metadata__": {"a": 1}, "a": entry()}, b"0" * 4), "metadata"),
+    "pickle": (b"\x80\x04\x95" + b"0" * 100, "pickle"),
+    "zip": (b"PK\x03\x04" + b"0" * 100, "pickle"),
+    "git-LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 5\n", "LFS"),
+    "web page": (b"<!DOCTYPE html><html><body>404</body></html>", "HTML"),
+    "GGUF": (b"GGUF\x03\x00\x00\x00" + b"\x00" * 40, "GGUF"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken(tmp_path, case):
+    content, word = BROKEN[case]
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=word) as caught:
+        read_header(path)
+    assert str(path) in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        read_header(tmp_path / "nothing.safetensors")
+
+
+def test_a_folder(tmp_path):
+    folder = tmp_path / "x.safetensors"
+    folder.mkdir()
+    with pytest.raises(CheckpointError, match="folder"):
+        read_header(folder)
+
+
+def test_a_named_pipe_does_not_block(tmp_path):
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    with pytest.raises(CheckpointError, match="regular file"):
+        read_header(tmp_path / "pipe.safetensors")
+
+
+def test_a_loop_of_links(tmp_path):
+    (tmp_path / "a.safetensors").symlink_to(tmp_path / "b.safetensors")
+    (tmp_path / "b.safetensors").symlink_to(tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_header(tmp_path / "a.safetensors")
+
+
+def test_whole_file(tmp_path):
+    path = tmp_path / "good.safetensors"
+    tensors = {"a": torch.zeros(2, 3), "b": torch.zeros((), dtype=torch.int64), "c": torch.zeros(0, 4)}
+    save_file(tensors, path, metadata={"format": "pt"})
+    header = read_header(path)
+    assert {name: (info.dtype, info.shape) for name, info in header.tensors.items()} == {
+        "a": ("F32", (2, 3)),
+        "b": ("I64", ()),
+        "c": ("F32", (0, 4)),
+    }
+    assert header.metadata == {"format": "pt"}
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=5), children, max_size=3),
+    max_leaves=10,
+)
+ENTRY = st.fixed_dictionaries(
+    {},
+    optional={
+        "dtype": st.sampled_from(["F32", "F16", "I64", "XX"]) | JSON,
+        "shape": st.lists(st.integers(-2, 5) | st.integers(), max_size=4) | JSON,
+        "data_offsets": st.lists(st.integers(-2, 40) | st.integers(), max_size=3) | JSON,
+    },
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    header=st.dictionaries(st.text(max_size=4), ENTRY | JSON, max_size=4),
+    data=st.binary(max_size=48),
+    length=st.none() | st.integers(0, 2**64 - 1),
+    cut=st.integers(0, 60),
+)
+def test_nothing_but_checkpoint_error_escapes(tmp_path_factory, header, data, length, cut):
+    path = tmp_path_factory.getbasetemp() / "fuzz.safetensors"
+    content = safetensors(header, data, length=length)
+    path.write_bytes(content[: len(content) - cut] if cut < 40 else content)
+    try:
+        read_header(path)
+    except CheckpointError as error:
+        assert str(path) in str(error)
