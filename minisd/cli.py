@@ -4,6 +4,7 @@ Results go to standard output, the path written last; progress and warnings to s
 line and exit status 2. Only click is imported here: `minisd --help` does not wait for torch.
 """
 
+import re
 import sys
 from typing import Any
 
@@ -19,15 +20,20 @@ class Size(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
         numbers = str(value).lower().split("x")
-        if len(numbers) > 2 or not all(number.isascii() and number.isdigit() for number in numbers):
+        if len(numbers) > 2 or not all(re.fullmatch("[0-9]{1,5}", number) for number in numbers):
             self.fail(f"{value!r} is not a size such as 512 or 512x768", param, ctx)
         return int(numbers[0]), int(numbers[-1])
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, invoke_without_command=True
+)
 @click.version_option(minisd.__version__, prog_name="minisd")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Stable Diffusion 1.5 from scratch: a model to read, exact to the bit, ready to paint."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 @cli.command()
@@ -58,10 +64,8 @@ def generate(**options: Any) -> None:
     run(**options)
 
 
-def one_line(error: BaseException) -> str:
-    """An error's message as one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return "; ".join(lines) or type(error).__name__
+# How torch says, in a RuntimeError, that something is larger than the memory.
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "storage size calculation overflowed")
 
 
 def main() -> None:
@@ -73,14 +77,16 @@ def main() -> None:
     except click.Abort:
         sys.exit(130)
     except (ValueError, OSError, MemoryError) as error:
-        fail(one_line(error))
-    except RuntimeError as error:  # torch's ways to say that memory ran out
-        if "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error).lower():
+        fail(str(error) or type(error).__name__)
+    except RuntimeError as error:
+        if not any(words in str(error).lower() for words in OUT_OF_MEMORY):
             raise
-        fail(f"not enough memory: {one_line(error)}; try a smaller --size, fewer --images or --dtype bfloat16")
+        fail(f"not enough memory: {error}; try a smaller --size, fewer --images or --dtype bfloat16")
     sys.exit(status if isinstance(status, int) else 0)
 
 
 def fail(message: str) -> None:
-    click.echo(f"error: {message}", err=True)
+    """Say what is wrong, in one line, and leave with exit status 2."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    click.echo(f"error: {'; '.join(lines)}", err=True)
     sys.exit(2)

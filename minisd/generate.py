@@ -13,11 +13,13 @@ import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import click
 import torch
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 import minisd
+from minisd.checkpoint.writing import make_public
 from minisd.pipeline import StableDiffusion, to_pictures
 
 
@@ -49,12 +51,17 @@ class Settings:
             "Clip skip": self.clip_skip + 1 if self.clip_skip else None,  # others count the layers from 1
             "Seed": seed,
             "Size": f"{self.width}x{self.height}",
-            "Model": self.model,
+            "Model": quoted(self.model),
             "Version": f"minisd {minisd.__version__}",
         }
         lines = [self.prompt, f"Negative prompt: {self.negative}" if self.negative else None]
         lines.append(", ".join(f"{name}: {value}" for name, value in parts.items() if value is not None))
         return "\n".join(line for line in lines if line is not None)
+
+
+def quoted(text: str) -> str:
+    """`text` as others write it among parameters: as JSON if it has their separators, or surrogates."""
+    return text if re.fullmatch(r"[^,:\n\ud800-\udfff]*", text) else json.dumps(text)
 
 
 @dataclass
@@ -101,8 +108,6 @@ def run(
     if steps_dir is not None:
         check_folder(Path(steps_dir))
     sd = load(model, vae, weights, device, dtype)
-    if seed is None:
-        print(f"seed {drawn}", file=sys.stderr)
     height, width = sd.latent_size(*reversed(size)) if size else sd.latent_size(None, None)
     factor = sd.vae.config.downsampling
     settings = Settings(
@@ -120,6 +125,8 @@ def run(
         model=model,
     )
     pictures = paint(sd, settings, images, Path(steps_dir) if steps_dir else None, quiet)
+    if seed is None:
+        print(f"seed {drawn}", file=sys.stderr)
     for offset, (path, picture) in enumerate(zip(paths.images, pictures, strict=True)):
         write_png(path, picture, settings.parameters(drawn + offset))
     if paths.grid:
@@ -176,15 +183,17 @@ def plan_paths(output: str | None, prompt: str, seed: int, images: int) -> Paths
     if output is None:
         words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-")
         output = f"{words or 'picture'}-{seed}.png"
-    path = Path(output).expanduser()
+    path = Path(os.path.expanduser(output))
     if path.suffix.lower() != ".png":
         raise ValueError(f"{path}: the name must end in .png (PNG files carry their settings)")
-    if path.is_dir():
-        raise ValueError(f"{path}: is a folder; name a file in it")
     check_folder(path.parent / "x")
     digits = len(str(images))
     singles = [path.with_name(f"{path.stem}-{number:0{digits}}.png") for number in range(1, images + 1)]
-    return Paths(path, singles if images > 1 else [path])
+    paths = Paths(path, singles if images > 1 else [path])
+    for taken in [path, *paths.images]:
+        if taken.is_dir():
+            raise ValueError(f"{taken}: is a folder; name a file in it")
+    return paths
 
 
 def check_folder(path: Path) -> None:
@@ -194,8 +203,10 @@ def check_folder(path: Path) -> None:
         raise ValueError(f"{path}: exists and is not a folder")
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no such folder to write to")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"{folder}: no permission to write there")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be written to ({error.strerror})") from None
 
 
 def make_grid(pictures: list[Image.Image]) -> Image.Image:
@@ -219,24 +230,21 @@ def write_png(path: Path, picture: Image.Image, parameters: str) -> None:
         try:
             scratch.write(data.getbuffer())
             scratch.close()
-            os.chmod(scratch.name, 0o666 & ~current_umask())  # temporary files are private, pictures are not
+            make_public(scratch.name)
             os.replace(scratch.name, path)
         except BaseException:
             os.unlink(scratch.name)
             raise
 
 
-def current_umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def report(paths: Paths, settings: Settings, seconds: float, as_json: bool) -> None:
     """Say what was written: paths, the main one last; or everything as JSON."""
     if as_json:
         files = {"images": [str(path) for path in paths.images], "grid": str(paths.grid) if paths.grid else None}
-        print(json.dumps({**files, **vars(settings), "seconds": round(seconds, 2)}, ensure_ascii=False))
+        print(json.dumps({**files, **vars(settings), "seconds": round(seconds, 2)}))
         return
     for path in [*paths.images, *([paths.grid] if paths.grid else [])]:
-        print(path)
+        try:
+            print(path)
+        except UnicodeEncodeError:  # a path is bytes, and need not be text in the terminal's encoding
+            click.echo(os.fsencode(path))

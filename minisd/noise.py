@@ -19,7 +19,7 @@ def draw_noise(shape: torch.Size, generator: Generators, device: torch.device, d
         generator = generator[0]
     if isinstance(generator, Sequence):
         if len(generator) < shape[0]:
-            raise ValueError(f"generator: {len(generator)} for {shape[0]} samples; give one, or one for each")
+            raise ValueError(f"generator: {len(generator)} given; must be one, or one for each of {shape[0]} samples")
         single = torch.Size((1, *shape[1:]))
         return torch.cat([draw_noise(single, own, device, dtype) for own in generator[: shape[0]]])
     source = device if generator is None else generator.device

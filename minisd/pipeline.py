@@ -21,14 +21,15 @@ from typing import Any
 import torch
 from einops import rearrange
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from minisd.checkpoint.errors import CheckpointError
-from minisd.checkpoint.reading import Checkpoint, open_checkpoint, read_state
+from minisd.checkpoint.building import build, read_tokenizer, usable_device
+from minisd.checkpoint.reading import open_checkpoint
 from minisd.checkpoint.writing import Model, save
 from minisd.config import ModelConfig
 from minisd.noise import Generators, draw_noise
 from minisd.schedulers import DDIMScheduler, DDPMScheduler, Scheduler
+from minisd.settings import check_settings, matching_prompts, one_source
 from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import CLIPTokenizer
 from minisd.unet import UNet
@@ -93,20 +94,16 @@ class StableDiffusion:
         checkpoint = open_checkpoint(source, dtype=dtype, weights=weights, vae=vae)
         for note in checkpoint.notes:
             warnings.warn(note, stacklevel=2)
-        config = checkpoint.config
-        with torch.device("meta"):  # shapes without memory: the file's memory becomes the weights below
-            modules = {
-                "text_encoder": TextEncoder(config.text_encoder),
-                "unet": UNet(config.unet),
-                "vae": VAE(config.vae),
-            }
-        for name, module in modules.items():
-            state = read_state(checkpoint.components[name], dtype=dtype, device=device)
-            module.load_state_dict(state, strict=True, assign=True)
-            module.eval()
-            favour_channels_last(module)
         words = read_tokenizer(checkpoint, tokenizer)
-        return cls(**modules, tokenizer=words, scheduler=config.scheduler, generation=checkpoint.generation)  # type: ignore[arg-type]
+        parts = checkpoint.components
+        return cls(
+            build(TextEncoder, parts["text_encoder"], dtype, device),
+            build(UNet, parts["unet"], dtype, device),
+            build(VAE, parts["vae"], dtype, device),
+            words,
+            scheduler=checkpoint.scheduler,
+            generation=checkpoint.generation,
+        )
 
     @torch.no_grad()
     def text_to_image(self, prompt: str | list[str], **settings: Any) -> list[Image.Image]:
@@ -147,7 +144,9 @@ class StableDiffusion:
         prompts, negatives = matching_prompts(prompt, negative_prompt)
         size = self.latent_size(height, width)
         sampler, generator = self.make_scheduler(scheduler), one_source(seed, generator)
-        check_settings(steps, images_per_prompt, guidance_scale, eta)
+        check_settings(
+            steps, images_per_prompt, guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, eta=eta
+        )
 
         guided = guidance_scale > 1
         context = self.encode_prompt(prompts, negatives if guided else None, images_per_prompt, clip_skip)
@@ -258,70 +257,3 @@ def to_pictures(images: Tensor) -> list[Image.Image]:
     pixels = (images / 2 + 0.5).clamp(0, 1)
     array = rearrange(pixels, "b c h w -> b h w c").cpu().float().numpy()
     return [Image.fromarray(picture) for picture in (array * 255).round().astype("uint8")]
-
-
-def matching_prompts(prompt: str | list[str], negative: str | list[str]) -> tuple[list[str], list[str]]:
-    """Lists of equal length; one negative prompt serves all. Raises ValueError for no prompt, or for two lengths."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    negatives = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
-    if not prompts or not all(isinstance(text, str) for text in prompts + negatives):
-        raise ValueError("prompt: must be a text or a list of at least one text")
-    if len(negatives) != len(prompts):
-        raise ValueError(f"negative_prompt: {len(negatives)} for {len(prompts)} prompts; give one, or one each")
-    return prompts, negatives
-
-
-def check_settings(steps: int, images_per_prompt: int, guidance_scale: float, eta: float) -> None:
-    for name, count in (("steps", steps), ("images_per_prompt", images_per_prompt)):
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise ValueError(f"{name}={count}: must be a whole number, at least 1")
-    for name, number in (("guidance_scale", guidance_scale), ("eta", eta)):
-        if not 0 <= number < float("inf"):
-            raise ValueError(f"{name}={number}: must be a finite number, at least 0")
-
-
-def one_source(seed: int | None, generator: Generators) -> Generators:
-    """The one source of randomness: a generator, or one made from `seed`, or None for torch's global one."""
-    if seed is None:
-        return generator
-    if generator is not None:
-        raise ValueError("seed and generator: give one of the two")
-    return torch.Generator().manual_seed(seed)
-
-
-def usable_device(device: str | torch.device) -> torch.device:
-    """The device, if this machine has it. Raises ValueError otherwise."""
-    try:
-        device = torch.device(device)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device={str(device)!r} cannot be used here: {str(error).splitlines()[0]}") from None
-    return device
-
-
-def favour_channels_last(module: nn.Module) -> None:
-    """On a CPU, bfloat16 convolutions are faster with channels last: 1.25 times for the UNet, twice for the VAE."""
-    weight = next(module.parameters())
-    if weight.device.type == "cpu" and weight.dtype == torch.bfloat16:
-        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-def read_tokenizer(checkpoint: Checkpoint, tokenizer: str | os.PathLike[str] | CLIPTokenizer | None) -> CLIPTokenizer:
-    """The tokenizer asked for, the checkpoint's own, or CLIP's; its ids must fit the text encoder."""
-    config = checkpoint.config.text_encoder
-    if isinstance(tokenizer, CLIPTokenizer):
-        found = tokenizer
-    elif tokenizer is not None:
-        found = CLIPTokenizer.from_folder(tokenizer)
-    elif isinstance(checkpoint.tokenizer, str):
-        found = CLIPTokenizer.from_json(checkpoint.tokenizer)
-    elif checkpoint.tokenizer is not None:
-        found = CLIPTokenizer.from_folder(checkpoint.tokenizer)
-    else:
-        found = CLIPTokenizer.clip()
-    if max(found.vocabulary.values()) >= config.vocabulary or found.context_length > config.context_length:
-        raise CheckpointError(
-            f"{checkpoint.path}: the tokenizer ({len(found.vocabulary):,} tokens, {found.context_length} long) does "
-            f"not fit the text encoder ({config.vocabulary:,} tokens, {config.context_length} long); give tokenizer="
-        )
-    return found

@@ -63,8 +63,8 @@ class TextEncoder(nn.Module):
         """
         if ids.shape[-1] > self.config.context_length:
             raise ValueError(f"{ids.shape[-1]} tokens: this text encoder takes at most {self.config.context_length}")
-        if not 0 <= clip_skip < len(self.layers):
-            raise ValueError(f"clip_skip={clip_skip}: must be from 0 to {len(self.layers) - 1}")
+        if not isinstance(clip_skip, int) or not 0 <= clip_skip < len(self.layers):
+            raise ValueError(f"clip_skip={clip_skip}: must be a whole number from 0 to {len(self.layers) - 1}")
         positions = torch.arange(ids.shape[-1], device=ids.device)
         x = self.token_embedding(ids) + self.position_embedding(positions)
         for layer in self.layers[: len(self.layers) - clip_skip]:

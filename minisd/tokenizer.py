@@ -92,14 +92,12 @@ class CLIPTokenizer:
         """
         texts = [texts] if isinstance(texts, str) else texts
         for text in texts:
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError:
-                raise ValueError(f"the prompt {text!r} is not valid Unicode text") from None
+            check_unicode(text)
         return torch.tensor([encoding.ids for encoding in self._bpe.encode_batch(texts)], dtype=torch.int64)
 
     def tokens(self, text: str) -> list[str]:
-        """The tokens of one prompt as they read, start and end included, padding not."""
+        """The tokens of one prompt as they read, start and end included, padding not. Raises ValueError as above."""
+        check_unicode(text)
         encoding = self._bpe.encode(text)
         return [token for token, kept in zip(encoding.tokens, encoding.attention_mask, strict=True) if kept]
 
@@ -115,9 +113,10 @@ class CLIPTokenizer:
         try:
             stored = json.loads(text)
             merges = [(left, right) for left, _, right in (line.partition(" ") for line in stored["merges"])]
-            pad_token, length = stored["pad_token"], stored["context_length"]
-            return cls(stored["vocabulary"], merges, pad_token=pad_token, context_length=length)
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+            vocabulary = checked_vocabulary("metadata", stored["vocabulary"])
+            settings = checked_settings("metadata", stored["pad_token"], stored["context_length"])
+            return cls(vocabulary, merges, **settings)
+        except (json.JSONDecodeError, RecursionError, KeyError, TypeError, AttributeError):
             raise CheckpointError("broken tokenizer in the file's metadata") from None
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -137,6 +136,13 @@ class CLIPTokenizer:
             (folder / name).write_text(text, encoding="utf-8")
 
 
+def check_unicode(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"the prompt {text!r} is not valid Unicode text") from None
+
+
 def byte_symbols() -> list[str]:
     """One printable sign for each of the 256 bytes: Latin-1 where it prints, else U+0100 on (Radford et al. 2019)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -154,7 +160,7 @@ def read_vocabulary(path: Path) -> dict[str, int]:
     return checked_vocabulary(path, read_json(path))
 
 
-def checked_vocabulary(path: Path, vocabulary: Any) -> dict[str, int]:
+def checked_vocabulary(path: Path | str, vocabulary: Any) -> dict[str, int]:
     ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else [None]
     if not all(isinstance(n, int) and 0 <= n < 1 << 20 for n in ids) or len(set(ids)) != len(ids):
         raise CheckpointError(f"{path}: is not a table from tokens to different ids")
@@ -191,7 +197,10 @@ def read_settings(folder: Path) -> dict[str, Any]:
         settings |= stored if isinstance(stored, dict) else {}
     pad = settings.get("pad_token", END)
     pad = pad.get("content", END) if isinstance(pad, dict) else pad
-    length = settings.get("model_max_length", 77)
+    return checked_settings(folder, pad, settings.get("model_max_length", 77))
+
+
+def checked_settings(folder: Path | str, pad: Any, length: Any) -> dict[str, Any]:
     if not isinstance(pad, str) or not isinstance(length, int) or not 2 < length < 1 << 16:
         raise CheckpointError(f"{folder}: pad_token or model_max_length is impossible ({pad!r}, {length!r})")
     return {"pad_token": pad, "context_length": length}

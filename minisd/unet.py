@@ -189,7 +189,8 @@ class UNet(nn.Module):
 
         Any height and width: odd sizes are halved upwards and come back to what the skip beside them has.
         """
-        waves = timestep_embedding(timesteps.expand(len(latents)), self.config.widths[0])
+        timesteps = torch.as_tensor(timesteps, device=latents.device).expand(len(latents))  # (B,)
+        waves = timestep_embedding(timesteps, self.config.widths[0])
         time = self.time_embedding(waves.to(latents.dtype))
         x = self.conv_in(latents)
         skips = [x]

@@ -5,7 +5,6 @@ at one value only, because it does what that value says, and the fields that cha
 reported and ignored. This file needs the standard library only.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -148,9 +147,9 @@ def read_fields(table: Fields, config: Mapping[str, Any], where: str, notes: lis
 def build(kind: Callable[..., Any], arguments: dict[str, Any], where: str) -> Any:
     """Make the dataclass, with every number in a possible range."""
     for name, value in arguments.items():
-        if isinstance(value, list):
+        if isinstance(value, list) and name in ("widths", "attention"):
             arguments[name] = value = tuple(value)
-        for number in value if isinstance(value, tuple) else (value,):
+        for number in value if isinstance(value, tuple) and value else (value,):
             check_number(where, name, number)
     for name in {field.name for field in fields(kind)} & {"norm_groups", "heads"}:  # type: ignore[arg-type]
         check_divides(where, arguments, name)
@@ -170,10 +169,10 @@ def check_number(where: str, name: str, value: Any) -> None:
         if not isinstance(value, bool):
             raise wrong
     elif name.endswith("_eps") or name == "scaling_factor":
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_INT:
             raise wrong
     elif name == "downsample_padding":
-        if value not in (0, 1):
+        if isinstance(value, bool) or value not in (0, 1):
             raise CheckpointError(f"{where}: downsample_padding={value!r} is not supported: 0 and 1 are")
     elif isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= MAX_INT:
         raise wrong
@@ -198,14 +197,14 @@ def read_unet(config: Mapping[str, Any], where: str, notes: list[str]) -> UNetCo
     down = config.get("down_block_types", ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"])
     up = config.get("up_block_types", ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3)
     known = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
-    for block in down if isinstance(down, list) else [down]:
-        if block not in known:
+    check_levels(where, arguments["widths"], down)
+    for block in down:
+        if not isinstance(block, str) or block not in known:
             raise CheckpointError(f"{where}: the block type {block!r} is not supported")
     arguments["attention"] = [known[block] for block in down]
     mirrored = ["CrossAttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(arguments["attention"])]
     if up != mirrored:
         raise CheckpointError(f"{where}: up_block_types {up} do not mirror down_block_types {down}")
-    check_levels(where, arguments["widths"], down)
     arguments |= {"transformer_norm_eps": SD15.unet.transformer_norm_eps, "layer_norm_eps": SD15.unet.layer_norm_eps}
     return build(UNetConfig, arguments, where)
 

@@ -7,6 +7,7 @@ This file needs the standard library only. Next: `reading.py`.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 
 from minisd.checkpoint.errors import CheckpointError
@@ -71,15 +72,23 @@ def candidates(component: str) -> Iterable[Naming]:
         yield Naming(component, "ema", "")
 
 
+@cache
+def sd15_keys(component: str) -> dict[str, Key]:
+    """SD 1.5's keys of a component by minisd's name: enough to recognise a file of any widths."""
+    return {key.minisd: key for key in model_keys(SD15)[component]}
+
+
 def namings(component: str, tensors: Tensors) -> dict[str, Naming]:
     """The namings under which `component` is in the file, best overlap for each of "raw" and "ema"; {} if it is not."""
-    keys = model_keys(SD15)[component]
+    keys = sd15_keys(component).values()
     best: dict[str, tuple[int, Naming]] = {}
     for naming in candidates(component):
-        overlap = sum(any(name in tensors for name in naming.names(key)) for key in keys)
         kind = "ema" if naming.column == "ema" else "raw"
-        if overlap > best.get(kind, (0,))[0]:
-            best[kind] = overlap, naming
+        most = best.get(kind, (0,))[0]
+        if most < len(keys):
+            overlap = sum(any(name in tensors for name in naming.names(key)) for key in keys)
+            if overlap > most:
+                best[kind] = overlap, naming
     # A handful of equal names is chance: `conv_in.weight` is in the UNet, in the VAE's halves, in half of all networks.
     return {kind: naming for kind, (overlap, naming) in best.items() if overlap >= 16}
 
@@ -162,14 +171,9 @@ def stranger(tensors: Tensors) -> str | None:
     return None
 
 
-def by_minisd_name(component: str) -> dict[str, Key]:
-    """SD 1.5's keys of a component by minisd's name: enough to ask a file of any widths for one shape."""
-    return {key.minisd: key for key in model_keys(SD15)[component]}
-
-
 def shape_of(tensors: Tensors, naming: Naming, minisd_name: str) -> tuple[int, ...] | None:
     """The shape that the file gives to the weight that minisd calls so, or None."""
-    key = by_minisd_name(naming.component)[minisd_name]
+    key = sd15_keys(naming.component)[minisd_name]
     return next((tensors[name].shape for name in naming.names(key) if name in tensors), None)
 
 

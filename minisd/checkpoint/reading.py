@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minisd.checkpoint import configs
@@ -305,7 +305,7 @@ def note_position_ids(files: Files, notes: list[str]) -> None:
 
 def open_vae(source: str | os.PathLike[str], *, half: bool, notes: list[str]) -> Component:
     """A VAE of its own: a folder, a VAE file with or without prefix, or the VAE of a whole checkpoint."""
-    path = resolve(source, half=half)
+    path = resolve(source, half=half, component="vae")
     if path.is_dir():
         folder = path / "vae" if (path / "vae").is_dir() else path
         return open_component(folder, "vae", half=half, weights="auto", notes=notes)
@@ -331,6 +331,8 @@ def open_checkpoint(
 
     Raises FileNotFoundError for a path that is not there and CheckpointError for anything that cannot be loaded.
     """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype={dtype}: must be a floating-point torch.dtype, or None for the file's own")
     if weights not in ("auto", "ema", "raw"):
         raise ValueError(f"weights={weights!r}: must be 'auto', 'ema' or 'raw'")
     half = dtype in (torch.float16, torch.bfloat16)
@@ -361,8 +363,16 @@ def check_fit(checkpoint: Checkpoint) -> None:
         )
 
 
+def memory_mapped(path: Path) -> Any:
+    """The open file. Raises CheckpointError where safetensors will not have it: a path that is not UTF-8, say."""
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+
+
 def read_tensor(files: Files, name: str) -> Tensor:
-    with safe_open(files.location[name], framework="pt") as file:
+    with memory_mapped(files.location[name]) as file:
         return file.get_tensor(name)
 
 
@@ -379,6 +389,6 @@ def read_state(component: Component, *, dtype: torch.dtype | None, device: torch
     for minisd_name, (name, shape) in sources.items():
         path = files.location[name]
         if path not in opened:
-            opened[path] = safe_open(path, framework="pt")
+            opened[path] = memory_mapped(path)
         state[minisd_name] = opened[path].get_tensor(name).reshape(shape).to(device=device, dtype=dtype)
     return state

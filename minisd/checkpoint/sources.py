@@ -29,23 +29,28 @@ def embedded_model() -> Path:
     raise FileNotFoundError(f"{places[0]}: the embedded model is missing from this installation")
 
 
-def resolve(source: str | os.PathLike[str], *, half: bool = False, weights: str = "auto") -> Path:
-    """The local file or folder that `source` names. `half` and `weights` decide which files are fetched from a hub."""
+def resolve(
+    source: str | os.PathLike[str], *, half: bool = False, weights: str = "auto", component: str | None = None
+) -> Path:
+    """The local file or folder that `source` names.
+
+    `half`, `weights` and `component` (all, or just one) decide which files are fetched from a hub.
+    """
     name = os.fspath(source)
     if name == "emoji":
         return embedded_model()
     if name == "sd15":
         name = SD15_REPOSITORY
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if os.path.lexists(path):
         return path
     owner, _, repository = name.partition("/")
-    looks_like_hub = owner not in ("", ".", "..", "~") and repository and "/" not in repository
+    looks_like_hub = owner.lstrip(".") and owner[0] != "~" and repository and "/" not in repository
     if not looks_like_hub or path.suffix in (".safetensors", ".ckpt", ".pt", ".bin") or path.parent.is_dir():
         raise FileNotFoundError(
             f'{name}: no such file or folder (models by name: "emoji", "sd15", or a hub id OWNER/NAME)'
         )
-    return from_hub(name, half=half, weights=weights)
+    return from_hub(name, half=half, weights=weights, component=component)
 
 
 def variant_of(names: Iterable[str], stem: str, *, half: bool, weights: str) -> str | None:
@@ -75,56 +80,98 @@ def index_name(stem: str, variant: str) -> str:
     return f"{stem}.safetensors.index.{variant}.json" if variant else f"{stem}.safetensors.index.json"
 
 
-def wanted_files(names: list[str], *, half: bool, weights: str) -> list[str]:
-    """The files of a repository that make one model: configurations, tokenizer, and one variant of each component."""
-    wanted = [name for name in names if name.endswith("config.json") and name.count("/") == 1]
-    wanted += [name for name in names if name.startswith("tokenizer/")] + ["model_index.json", GENERATION_CONFIG]
+def wanted_files(repository: str, names: list[str], *, half: bool, weights: str) -> list[str]:
+    """Those `names` of files that make one model: configurations, tokenizer, one variant of each component."""
+    wanted = [name for name in names if name.startswith("tokenizer/")]
+    wanted += [name for name in ("scheduler/scheduler_config.json", GENERATION_CONFIG) if name in names]
     for component, stem in STEMS.items():
-        here = [name.partition("/")[2] for name in names if name.startswith(f"{component}/")]
-        variant = variant_of(here, stem, half=half, weights=weights)
-        if variant is None:
+        if not any(name.startswith(f"{component}/") for name in names):
             raise CheckpointError(
-                f"the repository has no {component}/{stem}.safetensors: it is not in diffusers' layout"
+                f"{repository}: has no {component}/{stem}.safetensors: it is not in diffusers' layout"
             )
-        infix = f".{variant}-" if variant else "-"
-        single, index = single_name(stem, variant), index_name(stem, variant)
-        shards = [name for name in here if name.startswith(stem + infix) and name.endswith(".safetensors")]
-        wanted += [f"{component}/{name}" for name in ([single] if single in here else [index, *shards])]
-    skipped = ("safety_checker/", "feature_extractor/")
-    return [name for name in dict.fromkeys(wanted) if name in names and not name.startswith(skipped)]
+        wanted += wanted_component(repository, names, component, half=half, weights=weights)
+    return list(dict.fromkeys(wanted))
 
 
-def from_hub(repository: str, *, half: bool, weights: str) -> Path:
-    """Fetch what is needed of a hub repository into huggingface_hub's cache and return the snapshot's folder."""
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
-    from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+def wanted_component(repository: str, names: list[str], component: str, *, half: bool, weights: str) -> list[str]:
+    """The files of one component: in its folder, or at the top of a repository that is this component alone."""
+    folder = f"{component}/" if any(name.startswith(f"{component}/") for name in names) else ""
+    here = [name.removeprefix(folder) for name in names if name.startswith(folder)]
+    stem = STEMS[component]
+    variant = variant_of(here, stem, half=half, weights=weights)
+    if variant is None:
+        raise CheckpointError(f"{repository}: has no {folder}{stem}.safetensors: it is not in diffusers' layout")
+    single, index = single_name(stem, variant), index_name(stem, variant)
+    start = f"{stem}.{variant}-" if variant else f"{stem}-"
+    shards = [name for name in here if name.startswith(start) and name.endswith(".safetensors")]
+    wanted = [f"{folder}{name}" for name in ("config.json", *([single] if single in here else [index, *shards]))]
+    return [name for name in (*wanted, "model_index.json") if name in names]
+
+
+def from_hub(repository: str, *, half: bool, weights: str, component: str | None) -> Path:
+    """Fetch what is needed of a hub repository into huggingface_hub's cache and return the snapshot's folder.
+
+    Where the hub cannot be asked, what an earlier run fetched will do.
+    """
+    from huggingface_hub.constants import HF_HUB_OFFLINE
 
     try:
-        if HF_HUB_OFFLINE:
-            return Path(snapshot_download(repository, local_files_only=True))
-        info = HfApi().model_info(repository, files_metadata=True)
-        sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
-        wanted = wanted_files(list(sizes), half=half, weights=weights)
-        absent = [
-            name for name in wanted if not isinstance(try_to_load_from_cache(repository, name, revision=info.sha), str)
-        ]
-        if absent:
-            gigabytes = sum(sizes[name] for name in absent) / 1e9
-            print(f"Fetching {repository}: {gigabytes:.2f} GB into {HF_HUB_CACHE}", file=sys.stderr)
-        files = [hf_hub_download(repository, name, revision=info.sha) for name in wanted]
-        return Path(files[0]).parents[wanted[0].count("/")]
-    except RepositoryNotFoundError:
-        raise CheckpointError(
-            f"{repository}: no such file or folder here, and no such hub repository (or it is private)"
-        ) from None
-    except LocalEntryNotFoundError:
-        raise CheckpointError(
-            f"{repository}: not in the cache ({HF_HUB_CACHE}), and the hub is switched off or out of reach"
-        ) from None
-    except (HfHubHTTPError, OSError) as error:
-        try:  # out of reach: what an earlier run fetched will do
-            return Path(snapshot_download(repository, local_files_only=True))
-        except LocalEntryNotFoundError:
-            first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise CheckpointError(f"{repository}: cannot be fetched ({first_line})") from None
+        if not HF_HUB_OFFLINE:
+            return fetch(repository, half=half, weights=weights, component=component)
+        reason = "no such file or folder, not in the cache, and the hub is switched off (HF_HUB_OFFLINE)"
+    except CheckpointError:
+        raise
+    except Exception as error:  # the hub's, the HTTP library's (which differs between versions), the disk's
+        reason = why_not_fetched(error)
+    snapshot = cached(repository)
+    if snapshot is None:
+        raise CheckpointError(f"{repository}: {reason}")
+    return snapshot
+
+
+def fetch(repository: str, *, half: bool, weights: str, component: str | None) -> Path:
+    """Ask the hub what there is, say how much of it is not here yet, fetch that."""
+    from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    info = HfApi().model_info(repository, files_metadata=True)
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+    if component is None:
+        wanted = wanted_files(repository, list(sizes), half=half, weights=weights)
+    else:
+        wanted = wanted_component(repository, list(sizes), component, half=half, weights=weights)
+    places = {name: try_to_load_from_cache(repository, name, revision=info.sha) for name in wanted}
+    absent = [name for name, place in places.items() if not isinstance(place, str)]
+    if not absent:
+        return Path(str(places[wanted[0]])).parents[wanted[0].count("/")]
+    gigabytes = sum(sizes[name] for name in absent) / 1e9
+    print(f"Fetching {repository}: {gigabytes:.2f} GB into {HF_HUB_CACHE}", file=sys.stderr)
+    return Path(snapshot_download(repository, allow_patterns=wanted))
+
+
+def cached(repository: str) -> Path | None:
+    """The snapshot that an earlier run fetched. Whether it is whole shows when it is read."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = (try_to_load_from_cache(repository, name) for name in ("model_index.json", "config.json"))
+        return next((Path(place).parent for place in found if isinstance(place, str)), None)
+    except HFValidationError:
+        return None
+
+
+def why_not_fetched(error: Exception) -> str:
+    """The cause in one line, for people."""
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    status = getattr(getattr(error, "response", None), "status_code", None)
+
+    if isinstance(error, HFValidationError):
+        return "no such file or folder, and not a possible name of a hub repository"
+    if isinstance(error, GatedRepoError):
+        return "its owner asks you to agree to terms first: do so on its page, then log in with `hf auth login`"
+    if isinstance(error, RepositoryNotFoundError) or status == 401:
+        return "no such file or folder here, and no such hub repository (or it is private: try `hf auth login`)"
+    first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return f"no such file or folder, not in the cache, and cannot be fetched ({first_line})"

@@ -48,6 +48,18 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def make_public(path: str | os.PathLike[str]) -> None:
+    """Give a file the permissions of any new file: temporary files are private, and so are those of safetensors."""
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(path, 0o666 & ~mask)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    save_file(dict(tensors), path, metadata={"format": "pt", **metadata})
+    make_public(path)
+
+
 def into_place(destination: Path, write: Callable[[Path], None]) -> None:
     """Let `write` make a file or folder under a temporary name, then rename it to `destination`."""
     destination.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +90,7 @@ def save(model: Model, path: str | os.PathLike[str], *, layout: str, dtype: torc
     Raises ValueError for an unknown layout or a dtype that is not floating point, FileExistsError where `path` is
     taken by something that is not a model.
     """
-    destination = Path(path).expanduser()
+    destination = Path(os.path.expanduser(path))
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype}: weights are floating point")
     if layout == "diffusers":
@@ -101,7 +113,7 @@ def write_folder(model: Model, folder: Path, dtype: torch.dtype | None) -> None:
         write_json(folder / component / "config.json", config)
         state = model.states[component]
         tensors = {key.diffusers: plain(state[key.minisd], key.shape, dtype) for key in keys}
-        save_file(tensors, folder / component / single_name(STEMS[component], ""), metadata={"format": "pt"})
+        write_tensors(folder / component / single_name(STEMS[component], ""), tensors, {})
     scheduler = {"_class_name": "DDIMScheduler", **model.config.scheduler}
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     model.tokenizer.save(folder / "tokenizer")
@@ -119,9 +131,9 @@ def write_single_file(model: Model, file: Path, dtype: torch.dtype | None) -> No
     }
     stored = {component: configs.WRITERS[component](getattr(model.config, component)) for component in COMPONENTS}
     stored["scheduler"] = dict(model.config.scheduler)
-    metadata = {"format": "pt", "minisd.config": json.dumps(stored)}
+    metadata = {"minisd.config": json.dumps(stored)}
     if model.tokenizer.vocabulary != CLIPTokenizer.clip().vocabulary:
         metadata["minisd.tokenizer"] = model.tokenizer.to_json()
     if model.generation:
         metadata["minisd.generation"] = json.dumps(dict(model.generation))
-    save_file(tensors, file, metadata=metadata)
+    write_tensors(file, tensors, metadata)

@@ -97,7 +97,7 @@ class Scheduler:
 
     def _check_arguments(self) -> None:
         self.num_train_timesteps = whole("num_train_timesteps", self.num_train_timesteps, 1, MAX_TIMESTEPS)
-        self.steps_offset = whole("steps_offset", self.steps_offset, 0)
+        self.steps_offset = whole("steps_offset", self.steps_offset, 0, MAX_TIMESTEPS)
         require_one_of(PREDICTION_TYPES, "prediction_type", self.prediction_type)
         require_one_of(self.timestep_spacings, "timestep_spacing", self.timestep_spacing)
         require_positive("clip_sample_range", self.clip_sample_range)

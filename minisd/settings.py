@@ -1,0 +1,46 @@
+"""What a person may ask of `pipeline.py`, checked: every impossible setting is a ValueError that names it."""
+
+from numbers import Real
+
+import torch
+
+from minisd.noise import Generators
+
+
+def list_of_texts(name: str, value: str | list[str]) -> list[str]:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{name}={value!r}: must be a text or a list of at least one text")
+    return list(texts)
+
+
+def matching_prompts(prompt: str | list[str], negative: str | list[str]) -> tuple[list[str], list[str]]:
+    """Lists of equal length; one negative prompt serves all. Raises ValueError for no prompt, or for two lengths."""
+    prompts, negatives = list_of_texts("prompt", prompt), list_of_texts("negative_prompt", negative)
+    if isinstance(negative, str):
+        negatives *= len(prompts)
+    if len(negatives) != len(prompts):
+        raise ValueError(f"negative_prompt: {len(negatives)} for {len(prompts)} prompts; give one, or one each")
+    return prompts, negatives
+
+
+def check_settings(steps: int, images_per_prompt: int, **numbers: float) -> None:
+    """Raises ValueError for counts that are not whole and positive, and for `numbers` below 0 or not finite."""
+    for name, count in (("steps", steps), ("images_per_prompt", images_per_prompt)):
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ValueError(f"{name}={count}: must be a whole number, at least 1")
+    for name, number in numbers.items():
+        if not isinstance(number, Real) or not 0 <= number < float("inf"):
+            raise ValueError(f"{name}={number}: must be a finite number, at least 0")
+
+
+def one_source(seed: int | None, generator: Generators) -> Generators:
+    """The one source of randomness: a generator, or one made from `seed`, or None for torch's global one."""
+    if seed is None:
+        return generator
+    if generator is not None:
+        raise ValueError("seed and generator: give one of the two")
+    try:
+        return torch.Generator().manual_seed(seed)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"seed={seed!r}: must be a whole number of at most 64 bits") from None

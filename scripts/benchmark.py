@@ -1,0 +1,171 @@
+"""Speed and memory beside diffusers: the same weights, in alternation, as ratios of medians.
+
+    python scripts/benchmark.py                      # SD 1.5's size, random weights (4.3 GB of disk, 12 GB of memory)
+    python scripts/benchmark.py --model PATH         # a model in diffusers' layout
+    python scripts/benchmark.py --only load --rounds 5
+
+Below 1 minisd needs less. The calls are timed in one process, which holds one set of weights for both sides; loading is
+timed in a new process each time, from its start to the loaded pipeline.
+"""
+
+import argparse
+import contextlib
+import gc
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import minisd
+from minisd.checkpoint.building import favour_channels_last
+from minisd.checkpoint.keymap import model_keys
+from minisd.text_encoder import TextEncoder
+from minisd.tokenizer import CLIPTokenizer
+from minisd.unet import UNet
+from minisd.vae import VAE
+
+LOAD = {
+    "minisd": "import minisd; minisd.StableDiffusion.load({path!r})",
+    "diffusers": "from diffusers import StableDiffusionPipeline as P; P.from_pretrained({path!r}, safety_checker=None)",
+}
+
+
+@dataclass
+class Row:
+    """One measurement: medians of both sides, in seconds or bytes."""
+
+    what: str
+    ours: list[float]
+    theirs: list[float]
+    unit: str
+
+    def __str__(self) -> str:
+        ours, theirs = statistics.median(self.ours), statistics.median(self.theirs)
+        ratios = [a / b for a, b in zip(self.ours, self.theirs, strict=True)]
+        return (
+            f"| {self.what} | {ours:.2f} {self.unit} | {theirs:.2f} {self.unit} | **{ours / theirs:.2f}** "
+            f"| {min(ratios):.2f} to {max(ratios):.2f} |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure minisd beside diffusers.")
+    parser.add_argument("--model", type=Path, help="a folder in diffusers' layout (default: SD 1.5, random weights)")
+    parser.add_argument("--only", choices=["unet", "vae", "load"], help="one part of the benchmark")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each side (default: 5)")
+    options = parser.parse_args()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.rounds} rounds")
+    print("| what | minisd | diffusers | ratio of medians | pair by pair |\n|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.model or random_sd15(Path(scratch) / "sd15")
+        for part, measure in (("load", measure_loading), ("unet", measure_unet), ("vae", measure_vae)):
+            if options.only in (None, part):
+                for row in measure(folder, options.rounds):
+                    print(row, flush=True)
+                gc.collect()
+
+
+def random_sd15(folder: Path) -> Path:
+    """SD 1.5 with random weights, in diffusers' layout."""
+    config = minisd.SD15
+    modules = TextEncoder(config.text_encoder), UNet(config.unet), VAE(config.vae)
+    minisd.StableDiffusion(*modules, CLIPTokenizer.clip(), scheduler=config.scheduler).save(folder)
+    return folder
+
+
+def alternate(what: str, ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int) -> Row:
+    """Time two calls in turn, after one warm-up each."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for round_number in tqdm(range(rounds + 1), desc=what, leave=False, disable=None):
+        for call, seconds in zip((ours, theirs), times, strict=True):
+            start = time.perf_counter()
+            call()
+            if round_number:
+                seconds.append(time.perf_counter() - start)
+    return Row(what, *times, "s")
+
+
+def twin(component: str, folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """minisd's module and diffusers'; in float32 they share their weights."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    reference = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[component]
+    theirs = reference.from_pretrained(folder / component, dtype=dtype)
+    state = theirs.state_dict()
+    config = minisd.SD15 if folder.name == "sd15" else minisd.StableDiffusion.load(folder).config
+    with torch.device("meta"):
+        ours: Any = {"unet": UNet, "vae": VAE}[component](getattr(config, component))
+    ours.load_state_dict({key.minisd: state[key.diffusers] for key in model_keys(config)[component]}, assign=True)
+    favour_channels_last(ours.eval())
+    return ours, theirs
+
+
+@torch.no_grad()
+def measure_unet(folder: Path, rounds: int) -> Iterator[Row]:
+    """One call as guidance makes it: batch 2 at the default size."""
+    for dtype in (torch.float32, torch.bfloat16):
+        ours, theirs = twin("unet", folder, dtype)
+        size = ours.config.sample_size
+        x, t = torch.randn(2, 4, size, size, dtype=dtype), torch.tensor(500)
+        context = torch.randn(2, 77, ours.config.context_width, dtype=dtype)
+        yield alternate(
+            f"UNet, batch 2, {size}x{size} latents, {str(dtype)[6:]}",
+            lambda: ours(x, t, context),  # noqa: B023
+            lambda: theirs(x, t, encoder_hidden_states=context),  # noqa: B023
+            rounds,
+        )
+
+
+@torch.no_grad()
+def measure_vae(folder: Path, rounds: int) -> Iterator[Row]:
+    """One picture each way."""
+    for dtype in (torch.float32, torch.bfloat16):
+        ours, theirs = twin("vae", folder, dtype)
+        size = ours.config.sample_size
+        z = torch.randn(1, 4, size // 8, size // 8, dtype=dtype)
+        images = torch.randn(1, 3, size, size, dtype=dtype)
+        what = f"{size}x{size}, {str(dtype)[6:]}"
+        yield alternate(f"VAE decode, {what}", lambda: ours.decode(z), lambda: theirs.decode(z), rounds)  # noqa: B023
+        yield alternate(f"VAE encode, {what}", lambda: ours.encode(images), lambda: theirs.encode(images), rounds)  # noqa: B023
+
+
+def measure_loading(folder: Path, rounds: int) -> Iterator[Row]:
+    """A new process, from its start to the loaded pipeline; and the most memory that it held."""
+    seconds: dict[str, list[float]] = {side: [] for side in LOAD}
+    memory: dict[str, list[float]] = {side: [] for side in LOAD}
+    for round_number in tqdm(range(rounds + 1), desc="loading", leave=False, disable=None):
+        for side, code in LOAD.items():
+            elapsed, peak = run_once(code.format(path=str(folder)))
+            if round_number:
+                seconds[side].append(elapsed)
+                memory[side].append(peak / 1e9)
+    yield Row("new process to loaded pipeline", seconds["minisd"], seconds["diffusers"], "s")
+    yield Row("most memory while loading", memory["minisd"], memory["diffusers"], "GB")
+
+
+def run_once(code: str) -> tuple[float, float]:
+    """Run Python code in a new process: wall seconds, and the largest resident memory in bytes."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    elapsed = time.perf_counter() - start
+    if status:
+        raise SystemExit(f"error: this failed in a new process: {code}")
+    return elapsed, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        main()

@@ -1,0 +1,335 @@
+"""The data: pictures of emoji on coloured grounds, with captions.
+
+Everything is drawn on the fly from one font, Noto Color Emoji (by Google, under the SIL Open Font License),
+so there is no data set to download. A `Scene` says what is in a picture, `Studio.paint` draws it, `caption`
+puts it into words:
+
+    scene = draw_scene(seed=0, index=7, variety=PLAIN)      # a pure function of (seed, index)
+    caption(scene, random.Random(1))                        # "a red heart on a blue background"
+    Studio().paint(scene, size=64)                          # a PIL image
+
+Run as a program, it writes a contact sheet:  python scripts/emoji_data.py --sheet sheet.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+FONT_PLACES = (
+    "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",
+    "/usr/share/fonts/noto/NotoColorEmoji.ttf",
+    "/usr/share/fonts/google-noto-emoji/NotoColorEmoji.ttf",
+    "NotoColorEmoji.ttf",
+)
+STRIKE = 109  # the font holds bitmaps of exactly one size; asking for another is an error
+GLYPH_SIZE = 128  # pixels of a cached glyph
+
+GROUNDS = {
+    "white": (255, 255, 255),
+    "black": (0, 0, 0),
+    "red": (220, 40, 40),
+    "orange": (255, 150, 40),
+    "yellow": (255, 225, 60),
+    "green": (60, 170, 70),
+    "blue": (50, 110, 230),
+    "purple": (140, 70, 190),
+    "pink": (255, 160, 200),
+}
+
+# One emoji is one character and the names people type, most usual first. The lower-case Unicode name is
+# added when it says what the picture shows (see `_names`).
+EMOJI_TABLE = """
+❤ red heart, heart; 🧡 orange heart; 💛 yellow heart; 💚 green heart; 💙 blue heart; 💜 purple heart;
+🖤 black heart;
+🤎 brown heart; 💔 broken heart;
+🔴 red circle; 🟠 orange circle; 🟡 yellow circle; 🟢 green circle; 🔵 blue circle; 🟣 purple circle;
+🟤 brown circle;
+⚫ black circle;
+🟥 red square; 🟧 orange square; 🟨 yellow square; 🟩 green square; 🟦 blue square; 🟪 purple square;
+🟫 brown square;
+⬛ black square;
+☀ sun; 🌙 moon, crescent moon; 🌕 full moon; ⭐ star, yellow star; ☁ cloud; 🌈 rainbow; ❄ snowflake;
+⛄ snowman;
+🔥 fire, flame; 💧 drop, water drop; ⚡ lightning, lightning bolt; 🌍 earth, planet earth, globe;
+🌊 wave, water wave;
+🍎 apple, red apple; 🍏 green apple; 🍅 tomato; 🍌 banana; 🍓 strawberry; 🍊 orange, tangerine; 🍋 lemon;
+🍉 watermelon; 🍇 grapes; 🍒 cherries; 🍐 pear; 🍑 peach; 🍍 pineapple; 🥕 carrot; 🌽 corn, maize;
+🍆 eggplant;
+🥑 avocado; 🍄 mushroom; 🍕 pizza; 🍔 hamburger, burger; 🍟 french fries; 🍩 doughnut, donut; 🍪 cookie;
+🍰 cake, piece of cake; 🎂 birthday cake; 🍦 ice cream; 🍳 fried egg, egg; 🍞 bread; 🧀 cheese;
+☕ coffee, cup of coffee;
+🍺 beer, mug of beer;
+🐱 cat, cat face; 🐶 dog, dog face; 🦊 fox, fox face; 🐼 panda, panda face; 🐸 frog, frog face;
+🐷 pig, pig face;
+🐻 bear, bear face; 🐰 rabbit, bunny, rabbit face; 🐭 mouse, mouse face; 🐯 tiger, tiger face;
+🦁 lion, lion face;
+🐮 cow, cow face; 🐵 monkey, monkey face; 🐔 chicken; 🐤 chick, baby chick; 🐧 penguin; 🦉 owl; 🐘 elephant;
+🐳 whale; 🐟 fish; 🐠 tropical fish; 🐙 octopus; 🐢 turtle; 🐍 snake; 🐝 bee, honeybee;
+🐞 ladybug, lady beetle;
+🦋 butterfly; 🐌 snail; 🦄 unicorn, unicorn face;
+🌳 tree, deciduous tree; 🌲 pine tree, evergreen tree; 🌴 palm tree; 🌵 cactus; 🌹 rose, red rose; 🌷 tulip;
+🌻 sunflower; 🍀 four leaf clover, clover; 🍁 maple leaf;
+🚗 car, red car; 🚕 taxi; 🚌 bus; 🚲 bicycle, bike; 🚂 train, steam locomotive; 🚀 rocket; ✈ airplane, plane;
+🚁 helicopter; ⛵ sailboat, boat; 🏠 house; 🎈 balloon, red balloon; 🎁 gift, present; ☂ umbrella; 🎸 guitar;
+⚽ soccer ball, football; 🏀 basketball; 🎾 tennis, tennis racket; 🔑 key; 🔔 bell; 💡 light bulb, lamp;
+📕 book, red book;
+👑 crown; 💎 diamond, gem; 🏆 trophy; 👓 glasses, eyeglasses; 🎩 top hat, hat; 👻 ghost;
+🤖 robot, robot face; 👽 alien;
+💀 skull; 🎃 pumpkin, jack-o-lantern; 💩 poop;
+🙂 smiling face, smiley, slightly smiling face; 😀 grinning face; 😂 laughing face, face with tears of joy;
+😍 heart eyes, smiling face with heart eyes; 😎 cool face, smiling face with sunglasses; 😢 crying face;
+😡 angry face;
+😴 sleeping face; 😱 scared face; 👍 thumbs up; ✋ hand, raised hand; 👀 eyes; 👄 mouth, lips
+"""
+
+# Unicode names that describe a black-and-white drawing ("heavy black heart" is the red one), a size that is
+# not in the picture ("large red circle"), or a family of signs would teach the wrong words.
+MISLEADING_WORDS = {"black", "white", "heavy", "large", "medium", "sign", "symbol", "emoji", "negative"}
+
+
+def _names(character: str, everyday: Sequence[str]) -> tuple[str, ...]:
+    """Everyday names, then the Unicode name if it is true to the picture."""
+    official = unicodedata.name(character).lower()
+    truthful = not MISLEADING_WORDS & set(official.split())
+    return tuple(dict.fromkeys([*everyday, *([official] if truthful else [])]))
+
+
+def _parse(table: str) -> dict[str, tuple[str, ...]]:
+    """`❤ red heart, heart; ...` -> {"❤": ("red heart", "heart"), ...}."""
+    emoji = {}
+    for entry in table.replace("\n", " ").split(";"):
+        character, _, names = entry.strip().partition(" ")
+        emoji[character] = _names(character, [name.strip() for name in names.split(",")])
+    return emoji
+
+
+EMOJI = _parse(EMOJI_TABLE)
+
+# Words after which English takes no article ("a french fries" would be learnt, too, but reads badly).
+PLURAL = {"grapes", "cherries", "french fries", "glasses", "eyeglasses", "eyes", "lips", "heart eyes"}
+UNCOUNTED = {"fire", "bread", "corn", "poop", "thumbs up", "lightning", "earth", "planet earth"}
+
+
+# ---- what is in a picture --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variety:
+    """What a scene may contain beside one emoji of ordinary size in the middle."""
+
+    sizes: bool
+    places: bool
+    pairs: bool
+
+
+PLAIN = Variety(sizes=False, places=False, pairs=False)
+FULL = Variety(sizes=True, places=True, pairs=True)
+
+SIZES = {"": 0.84, "small": 0.42, "large": 1.0}  # height of the emoji, as a share of the picture's
+PLACES = {
+    "": (0.5, 0.5),
+    "on the left": (0.27, 0.5),
+    "on the right": (0.73, 0.5),
+    "at the top": (0.5, 0.27),
+    "at the bottom": (0.5, 0.73),
+}
+ASIDE = 0.5  # height of an emoji that shares the picture, or stands aside, unless a size is named
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One emoji in a picture; `height`, `x` and `y` (its centre) are shares of the picture's side."""
+
+    character: str
+    height: float
+    x: float
+    y: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """A picture before it is painted, with the words that must be said about it."""
+
+    figures: tuple[Figure, ...]
+    ground: str
+    size: str = ""
+    place: str = ""
+
+
+def draw_scene(seed: int, index: int, variety: Variety = PLAIN) -> Scene:
+    """The scene number `index` of the endless series `seed`."""
+    rng = random.Random(f"{seed}/{index}")
+    ground = "white" if rng.random() < 0.4 else rng.choice(list(GROUNDS))
+    if variety.pairs and rng.random() < 0.25:
+        left, right = rng.sample(list(EMOJI), 2)
+        pair = (
+            _figure(rng, left, ASIDE, *PLACES["on the left"]),
+            _figure(rng, right, ASIDE, *PLACES["on the right"]),
+        )
+        return Scene(figures=pair, ground=ground)
+    size = rng.choice(["small", "large"]) if variety.sizes and rng.random() < 0.3 else ""
+    aside = variety.places and size != "large" and rng.random() < 0.3
+    place = rng.choice([place for place in PLACES if place]) if aside else ""
+    height = ASIDE if place and not size else SIZES[size]
+    figure = _figure(rng, rng.choice(list(EMOJI)), height, *PLACES[place])
+    return Scene(figures=(figure,), ground=ground, size=size, place=place)
+
+
+def _figure(rng: random.Random, character: str, height: float, x: float, y: float) -> Figure:
+    """An emoji with a little jitter, so that the model learns shapes and not pixels."""
+    height *= rng.uniform(0.94, 1.04)
+    x, y = x + rng.uniform(-0.025, 0.025), y + rng.uniform(-0.025, 0.025)
+    return Figure(character=character, height=height, x=x, y=y)
+
+
+# ---- captions --------------------------------------------------------------------------------------------
+
+
+def caption(scene: Scene, rng: random.Random) -> str:
+    """One of the ways to say it: `[a] [small] dog [on the left] [on a blue background]`; pairs too.
+
+    Nothing is left out that the picture needs: a ground that is not mentioned is white, a size ordinary, a
+    place central.
+    """
+    article = rng.random() < 0.5
+    things = [_noun(figure.character, scene.size, article, rng) for figure in scene.figures]
+    words = " and ".join(things)
+    if scene.place:
+        words += f" {scene.place}"
+    if scene.ground != "white" or rng.random() < 0.15:
+        long_form = rng.random() < 0.8
+        words += f" on {_with_article(scene.ground)} background" if long_form else f" on {scene.ground}"
+    return words
+
+
+def _noun(character: str, size: str, article: bool, rng: random.Random) -> str:
+    names = EMOJI[character]
+    name = names[0] if rng.random() < 0.5 else rng.choice(names)
+    sized = f"{size} {name}".strip()
+    return _with_article(sized) if article and name not in PLURAL | UNCOUNTED else sized
+
+
+def _with_article(words: str) -> str:
+    vowel = words[0] in "aeio" or words.startswith("umbrella")  # "a unicorn", "an umbrella"
+    return f"{'an' if vowel else 'a'} {words}"
+
+
+def vocabulary() -> Iterator[str]:
+    """Every name and every phrase of the captions once: what the tokenizer should know well."""
+    for names in EMOJI.values():
+        for name in names:
+            yield from (name, _with_article(name))
+    for ground in GROUNDS:
+        yield from (f"on {_with_article(ground)} background", f"on {ground}")
+    for size in filter(None, SIZES):
+        yield _with_article(size)
+    yield from filter(None, PLACES)
+
+
+# ---- painting --------------------------------------------------------------------------------------------
+
+
+class Studio:
+    """Holds every glyph in memory, once, and paints scenes."""
+
+    def __init__(self, font: str | Path | None = None) -> None:
+        face = ImageFont.truetype(str(find_font(font)), STRIKE)
+        self.glyphs = {character: _glyph(face, character) for character in EMOJI}
+
+    def paint(self, scene: Scene, size: int) -> Image.Image:
+        """The scene as an RGB picture of `size` x `size` pixels."""
+        picture = Image.new("RGB", (size, size), GROUNDS[scene.ground])
+        for figure in scene.figures:
+            side = max(1, round(figure.height * size))
+            glyph = self.glyphs[figure.character]
+            glyph = glyph.resize((side, side), Image.Resampling.BICUBIC, reducing_gap=2.0)
+            corner = (round(figure.x * size - side / 2), round(figure.y * size - side / 2))
+            picture.paste(glyph, corner, mask=glyph)
+        return picture
+
+    def batch(self, scenes: Sequence[Scene], size: int) -> np.ndarray:
+        """Many scenes as one array (B, 3, size, size), float32 in [-1, 1]."""
+        pixels = np.stack([np.asarray(self.paint(scene, size)) for scene in scenes])
+        return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32) / 127.5 - 1
+
+
+def find_font(font: str | Path | None = None) -> Path:
+    """The emoji font's path; exits with one line if it is not installed."""
+    for place in [font] if font else FONT_PLACES:
+        if Path(place).is_file():
+            return Path(place)
+    missing = font or "NotoColorEmoji.ttf"
+    sys.exit(fail(f"{missing}: no such font; install fonts-noto-color-emoji or give --font PATH"))
+
+
+def fail(message: str) -> int:
+    """Bad input: one line on standard error; returns the exit status."""
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def _glyph(face: ImageFont.FreeTypeFont, character: str) -> Image.Image:
+    """One emoji as RGBA, cut out and centred on a transparent square of GLYPH_SIZE pixels."""
+    canvas = Image.new("RGBA", (2 * STRIKE, 2 * STRIKE), (0, 0, 0, 0))
+    ImageDraw.Draw(canvas).text((20, 20), character, font=face, embedded_color=True)
+    box = canvas.getbbox()
+    if box is None:
+        raise ValueError(f"the font has no picture for {character!r} ({unicodedata.name(character)})")
+    cut = canvas.crop(box)
+    side = max(cut.size)
+    square = Image.new("RGBA", (side, side), (0, 0, 0, 0))
+    square.paste(cut, ((side - cut.width) // 2, (side - cut.height) // 2))
+    return square.resize((GLYPH_SIZE, GLYPH_SIZE), Image.Resampling.BICUBIC)
+
+
+# ---- the contact sheet -----------------------------------------------------------------------------------
+
+
+def contact_sheet(pictures: Sequence[Image.Image], labels: Sequence[str], columns: int) -> Image.Image:
+    """Pictures in a grid with their captions below."""
+    side, line = pictures[0].width, 12
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * (side + 4), rows * (side + line + 4)), (235, 235, 235))
+    pen = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=9)
+    for i, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+        x, y = i % columns * (side + 4) + 2, i // columns * (side + line + 4) + 2
+        sheet.paste(picture, (x, y))
+        while label and pen.textlength(label, font=font) > side + 2:
+            label = label[:-1]
+        pen.text((x, y + side), label, fill=(0, 0, 0), font=font)
+    return sheet
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write a contact sheet of the training pictures.")
+    parser.add_argument("--sheet", type=Path, required=True, metavar="OUT.png")
+    parser.add_argument("--count", type=int, default=0, help="random scenes to draw (default: every emoji once)")
+    parser.add_argument("--size", type=int, default=64, help="pixels of a picture (default 64)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--full", action="store_true", help="with sizes, places and pairs")
+    parser.add_argument("--font", type=Path)
+    arguments = parser.parse_args()
+    studio = Studio(arguments.font)
+    if arguments.count:
+        scenes = [draw_scene(arguments.seed, i, FULL if arguments.full else PLAIN) for i in range(arguments.count)]
+        labels = [caption(scene, random.Random(i)) for i, scene in enumerate(scenes)]
+    else:
+        scenes = [Scene(figures=(Figure(character=c, height=0.84, x=0.5, y=0.5),), ground="white") for c in EMOJI]
+        labels = [names[0] for names in EMOJI.values()]
+    pictures = [studio.paint(scene, arguments.size) for scene in scenes]
+    contact_sheet(pictures, labels, columns=16).save(arguments.sheet)
+    print(arguments.sheet)
+
+
+if __name__ == "__main__":
+    main()

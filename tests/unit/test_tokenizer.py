@@ -1,0 +1,164 @@
+"""Text -> ids: CLIP's own, what is cut and what is padded, and the ways to keep a tokenizer."""
+
+import json
+
+import pytest
+import torch
+
+from minisd.checkpoint.errors import CheckpointError
+from minisd.tokenizer import END, START, CLIPTokenizer, vocabulary_of
+from tests.unit.tiny import MERGES, TOKENIZER
+
+START_ID, END_ID = 49406, 49407
+
+# Between start and end, as transformers 5.23 gives them for the vocabulary of openai/clip-vit-large-patch14.
+GOLDEN = {
+    "": [],
+    "a photograph of an astronaut riding a horse": [320, 8853, 539, 550, 18376, 6765, 320, 4558],
+    "  Hello,\n\tWORLD!! it's 2024": [3306, 267, 1002, 748, 585, 568, 273, 271, 273, 275],
+    "naïve café 😀 中文": [1097, 35689, 563, 15304, 7334, 19759, 255, 29032, 485],
+    "cafe\u0301": [15304],  # composed first: the same as café
+    "don't we'll I'M": [847, 713, 649, 1342, 328, 880],
+    "(masterpiece:1.3), [blurry] #1_000": [
+        *[263, 12066, 281, 272, 269, 274, 2361, 314, 21977, 316, 258, 272, 318, 271, 271, 271]
+    ],
+    "<|endoftext|>a<|startoftext|>": [49407, 320, 49406],
+    "İstanbul Å": [328, 16384, 11231, 127, 354],
+    "supercalifragilistic": [1642, 2857, 13093, 2076, 1561],
+}
+
+
+@pytest.fixture(scope="module")
+def clip() -> CLIPTokenizer:
+    return CLIPTokenizer.clip()
+
+
+@pytest.mark.parametrize("text", GOLDEN)
+def test_golden_ids(clip, text):
+    padding = [END_ID] * (76 - len(GOLDEN[text]))
+    assert clip(text).tolist() == [[START_ID, *GOLDEN[text], *padding]]
+
+
+def test_the_vocabulary_is_complete(clip):
+    assert len(clip.vocabulary) == 49408 and len(clip.merges) == 48894
+    assert sorted(clip.vocabulary.values()) == list(range(49408))
+    assert (clip.vocabulary[START], clip.vocabulary[END]) == (START_ID, END_ID)
+    assert clip.vocabulary["photograph</w>"] == 8853
+
+
+def test_one_text_or_several(clip):
+    texts = ["a cat", "", "two dogs"]
+    ids = clip(texts)
+    assert ids.shape == (3, 77) and ids.dtype == torch.int64
+    assert all(torch.equal(clip(text), ids[index : index + 1]) for index, text in enumerate(texts))
+
+
+@pytest.mark.parametrize("words", (74, 75, 76, 77, 400))
+def test_truncation_keeps_start_and_end(clip, words):
+    ids = clip("horse " * words)[0].tolist()
+    kept = min(words, 75)
+    assert ids == [START_ID, *[4558] * kept, *[END_ID] * (76 - kept)]
+
+
+@pytest.mark.parametrize("text", ("\ud800", "a cat \udcff", "\udfff\ud800"))
+def test_lone_surrogates_are_refused(clip, text):
+    for call in (lambda: clip(text), lambda: clip(["fine", text]), lambda: clip.tokens(text)):
+        with pytest.raises(ValueError, match="not valid Unicode"):
+            call()
+
+
+def test_surrogates_that_are_a_pair_are_refused_too(clip):
+    """In Python, U+1F600 is one character; two surrogates are two characters that mean nothing."""
+    with pytest.raises(ValueError, match="not valid Unicode"):
+        clip("\ud83d\ude00")
+
+
+def test_tokens(clip):
+    assert clip.tokens("A photograph, 1") == [START, "a</w>", "photograph</w>", ",</w>", "1</w>", END]
+    assert clip.tokens("") == [START, END]
+    assert len(clip.tokens("horse " * 400)) == 77
+
+
+def test_tokens_and_ids_agree(clip):
+    for text in GOLDEN:
+        tokens = clip.tokens(text)
+        assert [clip.vocabulary[token] for token in tokens] == clip(text)[0, : len(tokens)].tolist()
+
+
+def test_merges_apply_in_their_order():
+    assert TOKENIZER.tokens("cat red car") == [START, "cat</w>", "red</w>", "ca", "r</w>", END]
+    other = [("c", "a"), ("a", "t</w>"), ("c", "at</w>")]  # "ca" comes first, so "at" never does
+    tokenizer = CLIPTokenizer(vocabulary_of(other), other, pad_token=END, context_length=77)
+    assert tokenizer.tokens("cat") == [START, "ca", "t</w>", END]
+
+
+# ------------------------------------------------ kept and read again
+
+
+def same(one: CLIPTokenizer, other: CLIPTokenizer) -> bool:
+    texts = list(GOLDEN)
+    return (
+        one.vocabulary == other.vocabulary
+        and one.merges == other.merges
+        and (one.pad_token, one.context_length) == (other.pad_token, other.context_length)
+        and torch.equal(one(texts), other(texts))
+    )
+
+
+def unusual() -> CLIPTokenizer:
+    return CLIPTokenizer(vocabulary_of(MERGES), MERGES, pad_token="!", context_length=9)
+
+
+def test_another_padding_and_length():
+    ids = unusual()("cat")
+    assert ids.shape == (1, 9) and ids[0, 3:].tolist() == [TOKENIZER.vocabulary["!"]] * 6
+
+
+@pytest.mark.parametrize("make", (CLIPTokenizer.clip, lambda: TOKENIZER, unusual))
+def test_folder_round_trip(make, tmp_path):
+    make().save(tmp_path / "some" / "where")
+    assert same(CLIPTokenizer.from_folder(tmp_path / "some" / "where"), make())
+
+
+@pytest.mark.parametrize("make", (CLIPTokenizer.clip, lambda: TOKENIZER, unusual))
+def test_json_round_trip(make):
+    assert same(CLIPTokenizer.from_json(make().to_json()), make())
+
+
+@pytest.mark.parametrize(
+    "change",
+    (
+        {"vocabulary": 3},
+        {"vocabulary": {"a": 0}},
+        {"vocabulary": {START: 0, END: "one", "!": 2}},
+        {"vocabulary": {START: 0, END: -1, "!": 2}},
+        {"merges": 3},
+        {"merges": ["zz yy"]},
+        {"merges": [3]},
+        {"pad_token": 3},
+        {"pad_token": None},
+        {"pad_token": "[PAD]"},
+        {"context_length": "77"},
+        {"context_length": -1},
+        {"context_length": 0},
+        {"context_length": 10**30},
+        {"context_length": None},
+    ),
+    ids=str,
+)
+def test_broken_json(change):
+    """`to_json` ends up in files, and files come from strangers."""
+    text = json.dumps(json.loads(TOKENIZER.to_json()) | change)
+    with pytest.raises(CheckpointError):
+        CLIPTokenizer.from_json(text)
+
+
+@pytest.mark.parametrize("text", ("", "{", "[]", "3", "null", "{}", "[" * 100_000), ids=lambda text: text[:3])
+def test_not_even_json(text):
+    with pytest.raises(CheckpointError):
+        CLIPTokenizer.from_json(text)
+
+
+def test_absent_folder(tmp_path):
+    with pytest.raises(CheckpointError, match=r"vocab\.json"):
+        CLIPTokenizer.from_folder(tmp_path / "nowhere")
