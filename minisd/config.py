@@ -1,8 +1,8 @@
-"""Every number of the architecture, in one place.
+"""Every number of the architecture that varies, in one place.
 
 The models take these dataclasses and nothing else. No field has a default, here or in the layers: a number that is
 not passed cannot be passed wrongly (every from-scratch port that we read has a wrong GroupNorm epsilon that a default
-argument supplied). `SD15` is Stable Diffusion 1.5. Next in the walk: `layers.py`.
+argument supplied). `SD15` is Stable Diffusion 1.5. Next in the walk: `checkpoint/keymap.py`.
 """
 
 from collections.abc import Mapping
@@ -48,7 +48,7 @@ class UNetConfig:
 class VAEConfig:
     """The autoencoder (Kingma & Welling 2013; the "KL-f8" of Rombach et al. 2022)."""
 
-    sample_size: int  # default height and width of pictures, in pixels
+    sample_size: int  # height and width of the pictures it was trained on, in pixels
     image_channels: int
     latent_channels: int
     widths: tuple[int, ...]

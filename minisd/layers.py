@@ -1,7 +1,7 @@
 """The blocks that the UNet, the VAE and the text encoder share.
 
 Pictures are (B, C, H, W), sequences (B, N, C). Nothing here has a default for a number that changes the result: the
-models pass them from `config.py`. Next in the walk: `text_encoder.py`.
+models pass them from `config.py`, which is next in the walk.
 """
 
 from collections.abc import Callable
@@ -46,7 +46,7 @@ class Attention(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Two convolutions around a residual connection (He et al. 2015), told the time in between (Ho et al. 2020).
+    """Two convolutions inside a residual connection (He et al. 2015), told the time in between (Ho et al. 2020).
 
     `time_width=None` makes the VAE's block, which knows no time.
     """

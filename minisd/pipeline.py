@@ -45,7 +45,7 @@ class Step:
     index: int  # 0, 1, 2, ...
     timestep: int  # the timestep that the UNet saw: falling, from about 1000 towards 0
     latents: Tensor  # (B, 4, H/8, W/8), after the step
-    x0: Tensor  # (B, 4, H/8, W/8), where the UNet now thinks that this is going; sd.decode makes it a picture
+    x0: Tensor  # (B, 4, H/8, W/8), where the UNet now thinks that this is going: to_pictures(sd.decode(step.x0))
 
 
 class StableDiffusion:
@@ -133,7 +133,11 @@ class StableDiffusion:
         images_per_prompt: int = 1,
         clip_skip: int = 0,
     ) -> Iterator[Step]:
-        """The sampling loop: from noise to latents, one `Step` at a time.
+        """The sampling loop: from noise to latents, one `Step` at a time, `steps` in all (more is finer, and slower).
+
+        `guidance_scale` pushes away from `negative_prompt` (one, or one for each prompt) and towards `prompt`; up to 1
+        it does not, and `negative_prompt` has no effect. `guidance_rescale` from 0 to 1 is against overexposure.
+        `images_per_prompt` pictures are made of each prompt.
 
         `height`, `width` in pixels, divisible by 8 (default: the model's own). `seed` or `generator` (one, or one for
         each picture) gives all randomness, drawn on the CPU: a seed is the same picture on every device. `latents`
@@ -160,6 +164,9 @@ class StableDiffusion:
             result = sampler.step(eps, t, x, generator=generator, **extra)
             x = result.prev_sample
             yield Step(index, int(t), x, result.pred_original_sample)
+
+    # To people and tools, text_to_image has the settings of denoise, one by one.
+    text_to_image.__signature__ = inspect.signature(denoise).replace(return_annotation=list[Image.Image])  # type: ignore[attr-defined]
 
     def encode_prompt(
         self, prompts: list[str], negatives: list[str] | None, images_per_prompt: int = 1, clip_skip: int = 0
@@ -188,6 +195,7 @@ class StableDiffusion:
         eps = negative + guidance_scale * (positive - negative)
         return rescale_guidance(eps, positive, guidance_rescale) if guidance_rescale > 0 else eps
 
+    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, 4, H/8, W/8), as in the loop -> images (B, 3, H, W), about in [-1, 1]."""
         return self.vae.decode(latents / self.vae.scaling_factor)
@@ -236,7 +244,8 @@ class StableDiffusion:
                 "it cannot make a picture from text alone"
             )
         if latents is None:
-            return draw_noise(torch.Size(shape), generator, torch.device("cpu"), self.dtype).to(self.device)
+            device = torch.device("cpu") if generator is None else self.device
+            return draw_noise(torch.Size(shape), generator, device, self.dtype).to(self.device)
         if latents.shape != shape:
             raise ValueError(f"latents have the shape {tuple(latents.shape)}: must be {shape}")
         return latents.to(self.device)

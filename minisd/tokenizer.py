@@ -21,7 +21,7 @@ from minisd.checkpoint.textfiles import read_json, read_text
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
-# Words are letters, single digits, or runs of other signs; English contractions and the special tokens stay whole.
+# Words are runs of letters, single digits, runs of other signs, and the endings of English contractions.
 # Radford et al. 2021; the pattern is part of the vocabulary: other cuts would ask for tokens that were never trained.
 WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 

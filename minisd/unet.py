@@ -1,7 +1,7 @@
 """Noisy latent, timestep, text -> the noise in it: the flat UNet with cross-attention.
 
 In: latents (B, 4, H/8, W/8), timesteps, context (B, 77, 768) from `text_encoder.py`. Out: the predicted noise, shaped
-as the latents. Next in the walk: `schedulers.py`, which takes that noise away; then `vae.py`.
+as the latents. Next in the walk: `schedulers/`, which take that noise away; then `vae.py`.
 """
 
 import math

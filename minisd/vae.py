@@ -1,8 +1,7 @@
 """Pixels <-> latents: the KL autoencoder, eight times smaller on each side.
 
 `encode`: images (B, 3, 8H, 8W) in [-1, 1] -> a Gaussian over latents (B, 4, H, W). `decode`: latents -> images.
-Diffusion works on latents times `scaling_factor`; this file knows them unscaled. Last in the walk of the models; they
-all meet in `pipeline.py`.
+Diffusion works on latents times `scaling_factor`; this file knows them unscaled. Next in the walk: `layers.py`.
 """
 
 import torch

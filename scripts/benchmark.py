@@ -28,6 +28,7 @@ from tqdm import tqdm
 import minisd
 from minisd.checkpoint.building import favour_channels_last
 from minisd.checkpoint.keymap import model_keys
+from minisd.checkpoint.reading import open_checkpoint
 from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import CLIPTokenizer
 from minisd.unet import UNet
@@ -41,7 +42,7 @@ LOAD = {
 
 @dataclass
 class Row:
-    """One measurement: medians of both sides, in seconds or bytes."""
+    """One measurement: all values of both sides, in seconds or gigabytes."""
 
     what: str
     ours: list[float]
@@ -101,7 +102,7 @@ def twin(component: str, folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     reference = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[component]
     theirs = reference.from_pretrained(folder / component, dtype=dtype)
     state = theirs.state_dict()
-    config = minisd.SD15 if folder.name == "sd15" else minisd.StableDiffusion.load(folder).config
+    config = open_checkpoint(folder, dtype=None).config
     with torch.device("meta"):
         ours: Any = {"unet": UNet, "vae": VAE}[component](getattr(config, component))
     ours.load_state_dict({key.minisd: state[key.diffusers] for key in model_keys(config)[component]}, assign=True)

@@ -1,10 +1,10 @@
 """The emoji model: Stable Diffusion 1.5's plan with small numbers, all of them here.
 
-Pictures are 64 x 64 pixels, latents 8 x 8. Norm groups and widths differ from SD 1.5; epsilons,
-activations, paddings and the noise schedule are the same. About 13 million numbers in all.
+Pictures are 64 x 64 pixels, latents 8 x 8. Widths, norm groups, the depth of the text encoder and the vocabulary are
+smaller than SD 1.5's; epsilons, activations, paddings and the noise schedule are the same. 15.5 million numbers in all.
 """
 
-from minisd.config import SD15, ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
+from minisd.config import TextEncoderConfig, UNetConfig, VAEConfig
 
 VOCABULARY_SIZE = 2000
 CONTEXT_LENGTH = 77
@@ -49,5 +49,3 @@ EMOJI_UNET = UNetConfig(
     transformer_norm_eps=1e-6,
     layer_norm_eps=1e-5,
 )
-
-EMOJI = ModelConfig(text_encoder=EMOJI_TEXT_ENCODER, unet=EMOJI_UNET, vae=EMOJI_VAE, scheduler=SD15.scheduler)

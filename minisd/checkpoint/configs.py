@@ -17,7 +17,7 @@ from minisd.config import SD15, TextEncoderConfig, UNetConfig, VAEConfig
 class Fields:
     """How a component's config.json is read."""
 
-    used: dict[str, tuple[str, Any]]  # diffusers' name -> (minisd's name, the value when the field is absent)
+    used: dict[str, tuple[str, Any]]  # diffusers' name -> (minisd's name, diffusers' own value for an absent field)
     neutral: dict[str, Any]  # diffusers' name -> the only value that minisd does
     silent: frozenset[str]  # fields that do not change any number here
 
@@ -123,6 +123,20 @@ TEXT_ENCODER = Fields(
 )
 
 
+# What diffusers has in its code and no config.json can say.
+HARD_CODED: dict[str, dict[str, Any]] = {
+    "unet": {"transformer_norm_eps": SD15.unet.transformer_norm_eps, "layer_norm_eps": SD15.unet.layer_norm_eps},
+    "vae": {"norm_eps": SD15.vae.norm_eps, "downsample_padding": SD15.vae.downsample_padding},
+}
+
+
+def check_hard_coded(component: str, config: Any) -> None:
+    """Raise ValueError for a number that would be lost, because the file has no place for it."""
+    for name, value in HARD_CODED[component].items():
+        if getattr(config, name) != value:
+            raise ValueError(f"{component}: {name}={getattr(config, name)!r} cannot be saved: files imply {value!r}")
+
+
 def read_fields(table: Fields, config: Mapping[str, Any], where: str, notes: list[str]) -> dict[str, Any]:
     """minisd's arguments out of diffusers' fields; unknown fields go to `notes`, unsupported values are errors."""
     unknown = []
@@ -131,7 +145,7 @@ def read_fields(table: Fields, config: Mapping[str, Any], where: str, notes: lis
             continue
         if name not in table.neutral:
             unknown.append(name)
-        elif value != table.neutral[name] and value is not None:
+        elif value != table.neutral[name] and not (value is None and table.neutral[name] is False):
             raise CheckpointError(
                 f"{where}: {name}={value!r} is not supported: minisd does {table.neutral[name]!r} only"
             )
@@ -140,7 +154,7 @@ def read_fields(table: Fields, config: Mapping[str, Any], where: str, notes: lis
     arguments = {}
     for name, (ours, default) in table.used.items():
         value = config.get(name, default)
-        arguments[ours] = default if value is None else value
+        arguments[ours] = default if value is None and name == "sample_size" else value
     return arguments
 
 
@@ -205,7 +219,7 @@ def read_unet(config: Mapping[str, Any], where: str, notes: list[str]) -> UNetCo
     mirrored = ["CrossAttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(arguments["attention"])]
     if up != mirrored:
         raise CheckpointError(f"{where}: up_block_types {up} do not mirror down_block_types {down}")
-    arguments |= {"transformer_norm_eps": SD15.unet.transformer_norm_eps, "layer_norm_eps": SD15.unet.layer_norm_eps}
+    arguments |= HARD_CODED["unet"]
     return build(UNetConfig, arguments, where)
 
 
@@ -222,7 +236,7 @@ def read_vae(config: Mapping[str, Any], where: str, notes: list[str]) -> VAEConf
         if not isinstance(blocks, list) or any(block != kind for block in blocks):
             raise CheckpointError(f"{where}: {name} {blocks} is not supported: a list of {kind} is")
         check_levels(where, arguments["widths"], blocks)
-    arguments |= {"norm_eps": SD15.vae.norm_eps, "downsample_padding": SD15.vae.downsample_padding}
+    arguments |= HARD_CODED["vae"]
     return build(VAEConfig, arguments, where)
 
 
@@ -246,6 +260,7 @@ def renamed(table: Fields, config: Any) -> dict[str, Any]:
 
 def write_unet(config: UNetConfig) -> dict[str, Any]:
     """UNetConfig -> unet/config.json."""
+    check_hard_coded("unet", config)
     down = ["CrossAttnDownBlock2D" if attention else "DownBlock2D" for attention in config.attention]
     up = ["CrossAttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(config.attention)]
     blocks = {"down_block_types": down, "up_block_types": up}
@@ -255,6 +270,7 @@ def write_unet(config: UNetConfig) -> dict[str, Any]:
 
 def write_vae(config: VAEConfig) -> dict[str, Any]:
     """VAEConfig -> vae/config.json."""
+    check_hard_coded("vae", config)
     levels = len(config.widths)
     return {
         "_class_name": "AutoencoderKL",

@@ -8,8 +8,9 @@ never matched: there is no pattern, no replacement and no order to respect. Writ
 This file needs the standard library only.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from minisd.config import ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
 
@@ -207,15 +208,9 @@ def unet_keys(config: UNetConfig) -> Iterator[Key]:
             block += 1
             skips.append(width)
 
-    middle = "middle_block"
-    yield from place(
-        UNET_RESNET, "middle.0.resnet.", "mid_block.resnets.0.", f"{middle}.0.", i=width, o=width, time=time
-    )
-    sizes = {"c": width, "4c": 4 * width, "8c": 8 * width, "context": config.context_width}
-    yield from place(TRANSFORMER, "middle.0.attention.", "mid_block.attentions.0.", f"{middle}.1.", **sizes)
-    yield from place(
-        UNET_RESNET, "middle.1.resnet.", "mid_block.resnets.1.", f"{middle}.2.", i=width, o=width, time=time
-    )
+    yield from station("middle.0", "mid_block", 0, "middle_block", width, width, True)
+    names = "middle.1.resnet.", "mid_block.resnets.1.", "middle_block.2."
+    yield from place(UNET_RESNET, *names, i=width, o=width, time=time)
 
     block = 0
     for level in reversed(range(len(widths))):
@@ -283,13 +278,16 @@ def text_encoder_keys(config: TextEncoderConfig) -> Iterator[Key]:
         yield from place(TEXT_LAYER, f"layers.{layer}.", folder, folder, c=config.width, hidden=config.hidden_width)
 
 
+KEYS: dict[str, Callable[[Any], Iterator[Key]]] = {
+    "unet": unet_keys,
+    "vae": vae_keys,
+    "text_encoder": text_encoder_keys,
+}
+
+
 def model_keys(config: ModelConfig) -> dict[str, list[Key]]:
     """The whole table, by component."""
-    return {
-        "unet": list(unet_keys(config.unet)),
-        "vae": list(vae_keys(config.vae)),
-        "text_encoder": list(text_encoder_keys(config.text_encoder)),
-    }
+    return {component: list(keys(getattr(config, component))) for component, keys in KEYS.items()}
 
 
 def ema_name(compvis: str) -> str:

@@ -6,7 +6,7 @@ This file needs the standard library only. Next: `reading.py`.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 
@@ -35,6 +35,8 @@ PREFIXES = {
 
 # What training frameworks put in front of everything (torch.nn.DataParallel, torch.compile).
 WRAPPERS = ("", "module.", "_orig_mod.", "model.")
+
+MAX_DEPTH = 8  # levels, and resnets a level: twice what any Stable Diffusion has
 
 TEXT_PREFIX = "text_model."  # dropped by NovelAI-style files and by transformers 5.6 and later
 
@@ -179,53 +181,47 @@ def shape_of(tensors: Tensors, naming: Naming, minisd_name: str) -> tuple[int, .
 
 def infer_unet(tensors: Tensors, naming: Naming) -> UNetConfig:
     """The UNet's configuration out of its shapes. Heads and norm groups leave no trace there: SD 1.x has 8 and 32."""
-    widths: list[int] = []
-    attention: list[bool] = []
-    resnets = 0
-    diffusers = naming.column == "diffusers"
-    block = 1
-    while len(widths) < 8:
-        level = len(widths)
-        index = 0
-        while index < 8:
-            resnet = (
-                f"down_blocks.{level}.resnets.{index}.conv1" if diffusers else f"input_blocks.{block}.0.in_layers.2"
-            )
-            norm = f"down_blocks.{level}.attentions.{index}.norm" if diffusers else f"input_blocks.{block}.1.norm"
-            conv = tensors.get(spelled(naming, f"{resnet}.weight"))
-            if conv is None:
-                break
-            if index == 0:
-                widths.append(conv.shape[0])
-                attention.append(spelled(naming, f"{norm}.weight") in tensors)
-            index, block = index + 1, block + 1
-        if index == 0:
-            break
-        resnets, block = index, block + 1  # CompVis counts the downsampling too
+    widths, attention, resnets = unet_levels(tensors, naming)
     conv_in, conv_out = (shape_of(tensors, naming, name) for name in ("conv_in.weight", "conv_out.weight"))
     to_k = shape_of(tensors, naming, "middle.0.attention.cross_attn.k.weight")
     if not widths or conv_in is None or conv_out is None or to_k is None or len(conv_in) != 4 or len(to_k) != 2:
         raise CheckpointError("the UNet is incomplete: its first or middle layers are missing")
-    return UNetConfig(
-        **{
-            **vars_of(SD15.unet),
-            "in_channels": conv_in[1],
-            "out_channels": conv_out[0],
-            "widths": tuple(widths),
-            "attention": tuple(attention),
-            "resnets_per_level": resnets,
-            "context_width": to_k[1],
-        }
+    return replace(
+        SD15.unet,
+        in_channels=conv_in[1],
+        out_channels=conv_out[0],
+        widths=tuple(widths),
+        attention=tuple(attention),
+        resnets_per_level=resnets,
+        context_width=to_k[1],
     )
 
 
-def spelled(naming: Naming, name: str) -> str:
-    """A name of one column, as the file spells it."""
-    return naming.prefix + (f"model_ema.diffusion_model{name.replace('.', '')}" if naming.column == "ema" else name)
+def unet_levels(tensors: Tensors, naming: Naming) -> tuple[list[int], list[bool], int]:
+    """Walk down the file's UNet as far as it goes: the width and attention of each level, and its resnets."""
+    diffusers = naming.column == "diffusers"
 
+    def find(name: str) -> TensorInfo | None:
+        return tensors.get(naming.prefix + (ema_name(name) if naming.column == "ema" else name))
 
-def vars_of(config: object) -> dict:
-    return {name: getattr(config, name) for name in config.__dataclass_fields__}  # type: ignore[attr-defined]
+    widths: list[int] = []
+    attention: list[bool] = []
+    resnets, block = 0, 1
+    for level in range(MAX_DEPTH):
+        for index in range(MAX_DEPTH):
+            at = f"down_blocks.{level}.resnets.{index}.conv1" if diffusers else f"input_blocks.{block}.0.in_layers.2"
+            norm = f"down_blocks.{level}.attentions.{index}.norm" if diffusers else f"input_blocks.{block}.1.norm"
+            conv = find(f"{at}.weight")
+            if conv is None:
+                break
+            if index == 0:
+                widths.append(conv.shape[0])
+                attention.append(find(f"{norm}.weight") is not None)
+            resnets, block = index + 1, block + 1
+        if len(widths) == level:
+            break
+        block += 1  # CompVis counts the downsampling too
+    return widths, attention, resnets
 
 
 def infer_vae(tensors: Tensors, naming: Naming) -> VAEConfig:
@@ -233,16 +229,20 @@ def infer_vae(tensors: Tensors, naming: Naming) -> VAEConfig:
     here = "encoder.down_blocks.{}.resnets.{}" if naming.column == "diffusers" else "encoder.down.{}.block.{}"
     widths: list[int] = []
     resnets = 0
-    while (conv := tensors.get(f"{naming.prefix}{here.format(len(widths), 0)}.conv1.weight")) and len(widths) < 8:
+    for level in range(MAX_DEPTH):
+        conv = tensors.get(f"{naming.prefix}{here.format(level, 0)}.conv1.weight")
+        if conv is None:
+            break
         widths.append(conv.shape[0])
-    while f"{naming.prefix}{here.format(0, resnets)}.conv1.weight" in tensors and resnets < 8:
+    while f"{naming.prefix}{here.format(0, resnets)}.conv1.weight" in tensors and resnets < MAX_DEPTH:
         resnets += 1
     conv_in = shape_of(tensors, naming, "encoder.conv_in.weight")
     latent = shape_of(tensors, naming, "decoder.conv_in.weight")
     if not widths or conv_in is None or latent is None or len(conv_in) != 4 or len(latent) != 4:
         raise CheckpointError("the VAE is incomplete: its first layers are missing")
-    found = {"image_channels": conv_in[1], "latent_channels": latent[1], "widths": tuple(widths)}
-    return VAEConfig(**{**vars_of(SD15.vae), **found, "resnets_per_level": resnets})
+    return replace(
+        SD15.vae, image_channels=conv_in[1], latent_channels=latent[1], widths=tuple(widths), resnets_per_level=resnets
+    )
 
 
 def infer_text_encoder(tensors: Tensors, naming: Naming) -> TextEncoderConfig:
@@ -256,9 +256,15 @@ def infer_text_encoder(tensors: Tensors, naming: Naming) -> TextEncoderConfig:
         layers += 1
     if not (tokens and positions and hidden) or not len(tokens) == len(positions) == len(hidden) == 2 or not layers:
         raise CheckpointError("the text encoder is incomplete: its embeddings or first layer are missing")
-    found = {"vocabulary": tokens[0], "width": tokens[1], "context_length": positions[0], "hidden_width": hidden[0]}
-    found |= {"layers": layers, "heads": max(1, tokens[1] // 64)}
-    return TextEncoderConfig(**{**vars_of(SD15.text_encoder), **found})
+    return replace(
+        SD15.text_encoder,
+        vocabulary=tokens[0],
+        width=tokens[1],
+        heads=max(1, tokens[1] // 64),
+        layers=layers,
+        context_length=positions[0],
+        hidden_width=hidden[0],
+    )
 
 
 INFER = {"unet": infer_unet, "vae": infer_vae, "text_encoder": infer_text_encoder}

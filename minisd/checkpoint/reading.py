@@ -2,7 +2,7 @@
 
 Headers are read first and everything is decided from them; values come last, memory-mapped and one tensor at a time,
 so that loading makes no second copy of the weights. Reading is strict: every weight of the model is filled exactly
-once, and every other tensor of the file is in a known class of leftovers or an error.
+once, and every other tensor of a model's files is in a known class of leftovers or an error.
 """
 
 import json
@@ -20,14 +20,13 @@ from torch import Tensor
 from minisd.checkpoint import configs
 from minisd.checkpoint.errors import CheckpointError
 from minisd.checkpoint.header import TensorInfo, read_header
-from minisd.checkpoint.keymap import COMPONENTS, text_encoder_keys, unet_keys, vae_keys
+from minisd.checkpoint.keymap import COMPONENTS, KEYS
 from minisd.checkpoint.layouts import INFER, Match, Naming, Problems, ignorable, match, namings, stranger
 from minisd.checkpoint.sources import GENERATION_CONFIG, STEMS, index_name, resolve, single_name, variant_of
 from minisd.checkpoint.textfiles import read_json_object
 from minisd.config import SD15, ModelConfig
 from minisd.schedulers import DDIMScheduler
 
-KEYS: dict[str, Any] = {"unet": unet_keys, "vae": vae_keys, "text_encoder": text_encoder_keys}
 TITLES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder"}
 
 DTYPES = {
@@ -143,7 +142,7 @@ def leftovers(files: Files, components: list[Component], problems: Problems, spa
     known |= {name for name, _, _ in problems.shape}
     for component in components:
         if spare is not None and component.match.naming.component == "unet":
-            known |= {name for key in unet_keys(component.config) for name in spare.names(key)}
+            known |= {name for key in KEYS["unet"](component.config) for name in spare.names(key)}
     problems.unexpected += [name for name in files.tensors if name not in known and ignorable(name) is None]
 
 
@@ -175,7 +174,8 @@ def read_scheduler(path: Path) -> dict[str, Any]:
         DDIMScheduler.from_config({"num_train_timesteps": 1000} | settings)
     except (ValueError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{path}: {error}") from None
-    return settings
+    # diffusers' pipeline forces these two on whatever schedule it is given, and pictures depend on them.
+    return settings | {"clip_sample": False, "steps_offset": 1}
 
 
 def open_component(folder: Path, name: str, *, half: bool, weights: str, notes: list[str]) -> Component:

@@ -67,9 +67,14 @@ def into_place(destination: Path, write: Callable[[Path], None]) -> None:
     try:
         new, old = scratch / "new", scratch / "old"
         write(new)
-        if destination.is_dir():
+        if destination.is_dir():  # a folder cannot be replaced in one step: move it aside, and back if need be
             destination.rename(old)
-        os.replace(new, destination)
+        try:
+            os.replace(new, destination)
+        except BaseException:
+            if old.exists():
+                old.rename(destination)
+            raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minisd.checkpoint.textfiles import read_json_object
 from minisd.schedulers import equations
 from minisd.schedulers.settings import (
     CONFIG_FILE,
     SchedulerConfig,
     is_between,
-    read_config,
     require,
     require_one_of,
     require_positive,
@@ -226,8 +226,8 @@ class Scheduler:
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], subfolder: str | None = None, **overrides: Any) -> Self:
-        """A scheduler from `folder`/`subfolder`/scheduler_config.json. ValueError if that cannot be used."""
-        return cls.from_config(read_config(Path(folder, subfolder or "", CONFIG_FILE)), **overrides)
+        """A scheduler from `folder`/`subfolder`/scheduler_config.json. CheckpointError if that cannot be used."""
+        return cls.from_config(read_json_object(Path(folder, subfolder or "", CONFIG_FILE)), **overrides)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write `folder`/scheduler_config.json, which diffusers reads too. Makes the folder if needed."""

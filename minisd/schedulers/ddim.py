@@ -3,7 +3,7 @@
 In: the model's output at a timestep and the sample it was for. Out: the sample at the next timestep, and the
 clean one the model sees behind it. `DDIMScheduler` walks from noise to a picture, `DDIMInverseScheduler` back
 from a picture to the noise that it would come from, which is how real pictures are edited. This is the end of
-the schedulers' walk; `pipeline.py` is where they are used.
+the schedulers' walk; next: `vae.py`.
 """
 
 from __future__ import annotations

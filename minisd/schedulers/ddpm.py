@@ -105,7 +105,7 @@ class DDPMScheduler(ThresholdingScheduler):
         x0 = self._limit(x0)
         mean = equations.posterior_mean(x0, sample, alpha_bar, alpha_bar_prev)
         if t <= 0:  # nothing is random at timestep 0; SD 1.5 ends at 1, so even its last step draws noise
-            prev_sample = mean + 0
+            prev_sample = mean + 0  # turns -0.0 into 0.0, as adding diffusers' zero variance does
         else:
             noise = draw_noise(output.shape, generator, output.device, output.dtype)
             scale = equations.ddpm_noise_scale(self.variance_type, alpha_bar, alpha_bar_prev, variance)

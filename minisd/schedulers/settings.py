@@ -38,19 +38,6 @@ class SchedulerConfig(dict[str, Any]):
         return SchedulerConfig, (dict(self),)
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises ValueError, with the file's name, for anything else."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: is not JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: must hold a JSON object, not a {type(config).__name__}")
-    return config
-
-
 def write_config(path: Path, config: dict[str, Any]) -> None:
     """Write a JSON file all or nothing: under a temporary name first, so that nobody finds half of it."""
     text = json.dumps(config, indent=2, sort_keys=True, default=lambda number: number.item())  # NumPy's

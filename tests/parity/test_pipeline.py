@@ -1,5 +1,8 @@
 """Whole pictures against diffusers' pipeline, pixel for pixel, from the narrow twin and from the embedded model."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -84,6 +87,17 @@ def test_other_schedules(twin, ours, changes):
     theirs = pipeline("a cat", num_inference_steps=7, generator=seeded(), guidance_rescale=0.7).images
     scheduler = minisd.DDIMScheduler.from_config(ours.config.scheduler, **changes)
     assert same(ours.text_to_image("a cat", steps=7, seed=7, guidance_rescale=0.7, scheduler=scheduler), theirs)
+
+
+def test_a_schedule_that_the_pipeline_corrects(twin, tmp_path):
+    """diffusers' pipeline forces `clip_sample=False` and `steps_offset=1` on the folder's scheduler."""
+    shutil.copytree(twin[1], tmp_path / "model")
+    path = tmp_path / "model/scheduler/scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"clip_sample": True, "steps_offset": 0}))
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "model")
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline("a cat", num_inference_steps=4, generator=seeded()).images
+    assert same(minisd.StableDiffusion.load(tmp_path / "model").text_to_image("a cat", steps=4, seed=7), theirs)
 
 
 def test_every_step(twin, ours):

@@ -549,6 +549,21 @@ def test_an_interrupted_save_leaves_nothing(model, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_save_that_cannot_finish_puts_the_old_model_back(model, folder, monkeypatch):
+    def fail(*_):
+        raise OSError("disk on fire")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="fire"):
+        patch.setattr("minisd.checkpoint.writing.os.replace", fail)
+        tiny_model(seed=1).save(folder)
+    assert equal(model, StableDiffusion.load(folder)) and len(list(folder.parent.iterdir())) == 1
+
+
+def test_numbers_that_no_file_can_tell_are_not_lost_silently(tmp_path):
+    with pytest.raises(ValueError, match="transformer_norm_eps"):
+        tiny_model(transformer_norm_eps=1e-5).save(tmp_path / "x")
+
+
 def test_bad_arguments_of_save(model, tmp_path):
     with pytest.raises(ValueError, match="layout"):
         model.save(tmp_path / "x", layout="zip")

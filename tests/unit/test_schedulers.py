@@ -353,9 +353,7 @@ def test_nothing_is_written_when_writing_fails(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("text", "said"), [("{", "is not JSON"), ("[]", "must hold a JSON object"), (None, "cannot be read")]
-)
+@pytest.mark.parametrize(("text", "said"), [("{", "is not JSON"), ("[]", "is not a JSON object"), (None, "is missing")])
 def test_files_that_cannot_be_used(text, said, tmp_path):
     path = tmp_path / "scheduler_config.json"
     if text is not None:
