@@ -1,6 +1,6 @@
 """SD 1.5's real shapes, once: random weights written by diffusers and in CompVis' layout, loaded here, bit for bit.
 
-Takes 9 GB of disk, 9 GB of memory and a few minutes.
+Takes 9 GB of disk, 10 GB of memory and a few minutes.
 """
 
 import gc

@@ -135,7 +135,8 @@ def embedded():
     """The model that comes with minisd, in diffusers and here: diffusers loads the folder unchanged."""
     from minisd.checkpoint.sources import embedded_model
 
-    pipeline = StableDiffusionPipeline.from_pretrained(embedded_model())
+    # Without a dtype transformers 5 would keep the text encoder in the file's float16, and diffusers fail.
+    pipeline = StableDiffusionPipeline.from_pretrained(embedded_model(), dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, minisd.StableDiffusion.load()
 
