@@ -149,7 +149,12 @@ class StableDiffusion:
         size = self.latent_size(height, width)
         sampler, generator = self.make_scheduler(scheduler), one_source(seed, generator)
         check_settings(
-            steps, images_per_prompt, guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, eta=eta
+            steps,
+            len(sampler),
+            images_per_prompt,
+            guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            eta=eta,
         )
 
         guided = guidance_scale > 1

@@ -24,11 +24,13 @@ def matching_prompts(prompt: str | list[str], negative: str | list[str]) -> tupl
     return prompts, negatives
 
 
-def check_settings(steps: int, images_per_prompt: int, **numbers: float) -> None:
+def check_settings(steps: int, most_steps: int, images_per_prompt: int, **numbers: float) -> None:
     """Raises ValueError for counts that are not whole and positive, and for `numbers` below 0 or not finite."""
     for name, count in (("steps", steps), ("images_per_prompt", images_per_prompt)):
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise ValueError(f"{name}={count}: must be a whole number, at least 1")
+    if steps > most_steps:
+        raise ValueError(f"steps={steps}: must be at most the schedule's {most_steps}")
     for name, number in numbers.items():
         if not isinstance(number, Real) or not 0 <= number < float("inf"):
             raise ValueError(f"{name}={number}: must be a finite number, at least 0")

@@ -178,91 +178,119 @@ def place(block: list[Part], minisd: str, diffusers: str, compvis: str, **sizes:
 
 
 def unet_keys(config: UNetConfig) -> Iterator[Key]:
-    """Walk the UNet: its ends, down, middle, up. CompVis counts `conv_in` among the blocks on the way down."""
-    widths, top = config.widths, len(config.widths) - 1
-    time = 4 * widths[0]
-    yield from place(
-        UNET_ENDS, "", "", "", first=widths[0], time=time, **{"in": config.in_channels, "out": config.out_channels}
-    )
+    """Walk the UNet: its ends, down, middle, up."""
+    ends = {
+        "in": config.in_channels,
+        "out": config.out_channels,
+        "first": config.widths[0],
+        "time": 4 * config.widths[0],
+    }
+    yield from place(UNET_ENDS, "", "", "", **ends)
+    yield from unet_down(config)
+    yield from unet_middle(config)
+    yield from unet_up(config)
 
-    def station(
-        here: str, folder: str, index: int, compvis: str, i: int, o: int, attention: bool
-    ) -> Iterator[Key]:  # a resnet, and the transformer that may follow it
-        resnet, transformer = f"{folder}.resnets.{index}.", f"{folder}.attentions.{index}."
-        yield from place(UNET_RESNET, f"{here}.resnet.", resnet, f"{compvis}.0.", i=i, o=o, time=time)
-        if attention:
-            sizes = {"c": o, "4c": 4 * o, "8c": 8 * o, "context": config.context_width}
-            yield from place(TRANSFORMER, f"{here}.attention.", transformer, f"{compvis}.1.", **sizes)
 
-    block, width, skips = 0, widths[0], [widths[0]]
-    for level, level_width in enumerate(widths):
-        folder = f"down_blocks.{level}"
+def station(
+    config: UNetConfig, here: str, folder: str, index: int, compvis: str, i: int, o: int, attention: bool
+) -> Iterator[Key]:
+    """A resnet from width i to o, and the transformer that may follow it."""
+    resnet, transformer = f"{folder}.resnets.{index}.", f"{folder}.attentions.{index}."
+    yield from place(UNET_RESNET, f"{here}.resnet.", resnet, f"{compvis}.0.", i=i, o=o, time=4 * config.widths[0])
+    if attention:
+        sizes = {"c": o, "4c": 4 * o, "8c": 8 * o, "context": config.context_width}
+        yield from place(TRANSFORMER, f"{here}.attention.", transformer, f"{compvis}.1.", **sizes)
+
+
+def unet_down(config: UNetConfig) -> Iterator[Key]:
+    """The way down. CompVis counts `conv_in` among the blocks, so its numbers are one ahead."""
+    block, width = 0, config.widths[0]
+    for level, level_width in enumerate(config.widths):
+        folder, attention = f"down_blocks.{level}", config.attention[level]
         for index in range(config.resnets_per_level):
-            compvis = f"input_blocks.{block + 1}"
-            yield from station(f"down.{block}", folder, index, compvis, width, level_width, config.attention[level])
+            here, compvis = f"down.{block}", f"input_blocks.{block + 1}"
+            yield from station(config, here, folder, index, compvis, width, level_width, attention)
             block, width = block + 1, level_width
-            skips.append(width)
-        if level < top:
+        if level < len(config.widths) - 1:
             here, compvis = f"down.{block}.downsample.", f"input_blocks.{block + 1}.0."
             yield from place(DOWNSAMPLE, here, f"{folder}.downsamplers.0.", compvis, c=width)
             block += 1
-            skips.append(width)
 
-    yield from station("middle.0", "mid_block", 0, "middle_block", width, width, True)
+
+def unet_middle(config: UNetConfig) -> Iterator[Key]:
+    """The middle: a resnet with a transformer, and a resnet."""
+    width = config.widths[-1]
+    yield from station(config, "middle.0", "mid_block", 0, "middle_block", width, width, True)
     names = "middle.1.resnet.", "mid_block.resnets.1.", "middle_block.2."
-    yield from place(UNET_RESNET, *names, i=width, o=width, time=time)
+    yield from place(UNET_RESNET, *names, i=width, o=width, time=4 * config.widths[0])
 
-    block = 0
-    for level in reversed(range(len(widths))):
-        folder, attention = f"up_blocks.{top - level}", config.attention[level]
+
+def skip_widths(config: UNetConfig) -> list[int]:
+    """The widths of the outputs that the way down leaves for the way up, first pushed first."""
+    widths = [config.widths[0]]
+    for level, width in enumerate(config.widths):
+        last = level == len(config.widths) - 1
+        widths += [width] * (config.resnets_per_level + (not last))
+    return widths
+
+
+def unet_up(config: UNetConfig) -> Iterator[Key]:
+    """The way up. Each block takes what came from below together with a skip."""
+    block, width, skips = 0, config.widths[-1], skip_widths(config)
+    for level, level_width in reversed(list(enumerate(config.widths))):
+        folder, attention = f"up_blocks.{len(config.widths) - 1 - level}", config.attention[level]
         for index in range(config.resnets_per_level + 1):
             here, compvis = f"up.{block}", f"output_blocks.{block}"
-            yield from station(here, folder, index, compvis, width + skips.pop(), widths[level], attention)
-            block, width = block + 1, widths[level]
+            yield from station(config, here, folder, index, compvis, width + skips.pop(), level_width, attention)
+            block, width = block + 1, level_width
         if level > 0:  # CompVis puts it behind the transformer, or behind the resnet where there is none
             compvis = f"{compvis}.{2 if attention else 1}."
             yield from place(UPSAMPLE, f"{here}.upsample.", f"{folder}.upsamplers.0.", compvis, c=width)
 
 
 def vae_keys(config: VAEConfig) -> Iterator[Key]:
-    """Walk the autoencoder. CompVis numbers the decoder's levels by resolution, so they come in reverse."""
-    widths, top = config.widths, len(config.widths) - 1
-    yield from place(
-        VAE_ENDS,
-        "",
-        "",
-        "",
-        first=widths[0],
-        last=widths[-1],
-        image=config.image_channels,
-        latent=config.latent_channels,
-        moments=2 * config.latent_channels,
-    )
-    for half in ("encoder", "decoder"):
-        mid, last = f"{half}.mid_block", widths[-1]
-        yield from place(VAE_RESNET, f"{half}.middle.0.", f"{mid}.resnets.0.", f"{half}.mid.block_1.", i=last, o=last)
-        yield from place(VAE_ATTENTION, f"{half}.middle.1.", f"{mid}.attentions.0.", f"{half}.mid.attn_1.", c=last)
-        yield from place(VAE_RESNET, f"{half}.middle.2.", f"{mid}.resnets.1.", f"{half}.mid.block_2.", i=last, o=last)
+    """Walk the autoencoder: its ends, the encoder, the decoder."""
+    channels, widths = config.latent_channels, config.widths
+    sizes = {"image": config.image_channels, "latent": channels, "moments": 2 * channels}
+    yield from place(VAE_ENDS, "", "", "", first=widths[0], last=widths[-1], **sizes)
+    yield from vae_encoder(config)
+    yield from vae_middle(config, "encoder")
+    yield from vae_middle(config, "decoder")
+    yield from vae_decoder(config)
 
-    block, width = 0, widths[0]
-    for level, level_width in enumerate(widths):
+
+def vae_middle(config: VAEConfig, half: str) -> Iterator[Key]:
+    """A resnet, attention, a resnet: at the lowest resolution of either half."""
+    mid, width = f"{half}.mid_block", config.widths[-1]
+    yield from place(VAE_RESNET, f"{half}.middle.0.", f"{mid}.resnets.0.", f"{half}.mid.block_1.", i=width, o=width)
+    yield from place(VAE_ATTENTION, f"{half}.middle.1.", f"{mid}.attentions.0.", f"{half}.mid.attn_1.", c=width)
+    yield from place(VAE_RESNET, f"{half}.middle.2.", f"{mid}.resnets.1.", f"{half}.mid.block_2.", i=width, o=width)
+
+
+def vae_encoder(config: VAEConfig) -> Iterator[Key]:
+    """The encoder's way down."""
+    block, width = 0, config.widths[0]
+    for level, level_width in enumerate(config.widths):
         here, there = f"encoder.down_blocks.{level}", f"encoder.down.{level}"
         for index in range(config.resnets_per_level):
             names = f"encoder.down.{block}.", f"{here}.resnets.{index}.", f"{there}.block.{index}."
             yield from place(VAE_RESNET, *names, i=width, o=level_width)
             block, width = block + 1, level_width
-        if level < top:
+        if level < len(config.widths) - 1:
             names = f"encoder.down.{block}.", f"{here}.downsamplers.0.", f"{there}.downsample."
             yield from place(VAE_RESAMPLE, *names, c=width)
             block += 1
 
-    block = 0
-    for level in reversed(range(len(widths))):
-        here, there = f"decoder.up_blocks.{top - level}", f"decoder.up.{level}"
+
+def vae_decoder(config: VAEConfig) -> Iterator[Key]:
+    """The decoder's way up. CompVis numbers its levels by resolution, so they come in reverse."""
+    block, width = 0, config.widths[-1]
+    for level, level_width in reversed(list(enumerate(config.widths))):
+        here, there = f"decoder.up_blocks.{len(config.widths) - 1 - level}", f"decoder.up.{level}"
         for index in range(config.resnets_per_level + 1):
             names = f"decoder.up.{block}.", f"{here}.resnets.{index}.", f"{there}.block.{index}."
-            yield from place(VAE_RESNET, *names, i=width, o=widths[level])
-            block, width = block + 1, widths[level]
+            yield from place(VAE_RESNET, *names, i=width, o=level_width)
+            block, width = block + 1, level_width
         if level > 0:
             names = f"decoder.up.{block}.", f"{here}.upsamplers.0.", f"{there}.upsample."
             yield from place(VAE_RESAMPLE, *names, c=width)
