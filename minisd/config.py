@@ -43,6 +43,20 @@ class UNetConfig:
     transformer_norm_eps: float  # GroupNorm at the entry of a transformer: not the same number!
     layer_norm_eps: float  # LayerNorm inside a transformer
 
+    @property
+    def time_width(self) -> int:
+        """The width of the embedded timestep."""
+        return 4 * self.widths[0]
+
+    @property
+    def skip_widths(self) -> list[int]:
+        """The widths of the skips that the way down leaves for the way up, first pushed first: 12 of them."""
+        widths = [self.widths[0]]
+        for level, width in enumerate(self.widths):
+            downsamples = level < len(self.widths) - 1
+            widths += [width] * (self.resnets_per_level + downsamples)
+        return widths
+
 
 @dataclass(frozen=True, kw_only=True)
 class VAEConfig:

@@ -5,6 +5,7 @@ as the latents. Next in the walk: `schedulers/`, which take that noise away; the
 """
 
 import math
+from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -118,6 +119,53 @@ class Block(nn.Module):
         return x
 
 
+def resnet(in_width: int, out_width: int, config: UNetConfig) -> ResnetBlock:
+    return ResnetBlock(
+        in_width,
+        out_width,
+        time_width=config.time_width,
+        groups=config.norm_groups,
+        eps=config.norm_eps,
+        activation=config.activation,
+    )
+
+
+def transformer(level: int, config: UNetConfig) -> SpatialTransformer | None:
+    return SpatialTransformer(config.widths[level], config) if config.attention[level] else None
+
+
+def down_blocks(config: UNetConfig) -> Iterator[Block]:
+    """Each level: resnets, and a downsampling unless it is the last."""
+    width = config.widths[0]
+    for level, level_width in enumerate(config.widths):
+        for _ in range(config.resnets_per_level):
+            yield Block(resnet=resnet(width, level_width, config), attention=transformer(level, config))
+            width = level_width
+        if level < len(config.widths) - 1:
+            yield Block(downsample=Downsample(width, padding=config.downsample_padding))
+
+
+def middle_blocks(config: UNetConfig) -> Iterator[Block]:
+    """At the lowest resolution, which has a transformer here even where its level has none."""
+    width = config.widths[-1]
+    yield Block(resnet=resnet(width, width, config), attention=SpatialTransformer(width, config))
+    yield Block(resnet=resnet(width, width, config))
+
+
+def up_blocks(config: UNetConfig) -> Iterator[Block]:
+    """Each level: one resnet more than on the way down, each with a skip; the last one enlarges."""
+    width, skip_widths = config.widths[-1], config.skip_widths
+    for level, level_width in reversed(list(enumerate(config.widths))):
+        for index in range(config.resnets_per_level + 1):
+            enlarges = index == config.resnets_per_level and level > 0
+            yield Block(
+                resnet=resnet(width + skip_widths.pop(), level_width, config),
+                attention=transformer(level, config),
+                upsample=Upsample(level_width) if enlarges else None,
+            )
+            width = level_width
+
+
 class UNet(nn.Module):
     """The denoiser eps(x, t, context) of Ho et al. 2020 with the cross-attention of Rombach et al. 2022.
 
@@ -136,50 +184,12 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
-        widths, time_width = config.widths, 4 * config.widths[0]
-
-        def resnet(in_width: int, out_width: int) -> ResnetBlock:
-            return ResnetBlock(
-                in_width,
-                out_width,
-                time_width=time_width,
-                groups=config.norm_groups,
-                eps=config.norm_eps,
-                activation=config.activation,
-            )
-
-        self.time_embedding = TimeEmbedding(widths[0], time_width, config.activation)
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-
-        self.down = nn.ModuleList()
-        width, skip_widths = widths[0], [widths[0]]
-        for level, level_width in enumerate(widths):
-            for _ in range(config.resnets_per_level):
-                attention = SpatialTransformer(level_width, config) if config.attention[level] else None
-                self.down.append(Block(resnet=resnet(width, level_width), attention=attention))
-                width = level_width
-                skip_widths.append(width)
-            if level < len(widths) - 1:
-                self.down.append(Block(downsample=Downsample(width, padding=config.downsample_padding)))
-                skip_widths.append(width)
-
-        self.middle = nn.ModuleList(
-            [
-                Block(resnet=resnet(width, width), attention=SpatialTransformer(width, config)),
-                Block(resnet=resnet(width, width)),
-            ]
-        )
-
-        self.up = nn.ModuleList()
-        for level, level_width in reversed(list(enumerate(widths))):
-            for index in range(config.resnets_per_level + 1):
-                attention = SpatialTransformer(level_width, config) if config.attention[level] else None
-                last_of_level = index == config.resnets_per_level and level > 0
-                upsample = Upsample(level_width) if last_of_level else None
-                block = resnet(width + skip_widths.pop(), level_width)
-                self.up.append(Block(resnet=block, attention=attention, upsample=upsample))
-                width = level_width
-
+        width = config.widths[0]
+        self.time_embedding = TimeEmbedding(width, config.time_width, config.activation)
+        self.conv_in = nn.Conv2d(config.in_channels, width, 3, padding=1)
+        self.down = nn.ModuleList(down_blocks(config))
+        self.middle = nn.ModuleList(middle_blocks(config))
+        self.up = nn.ModuleList(up_blocks(config))
         self.activation = ACTIVATIONS[config.activation]
         self.norm_out = nn.GroupNorm(config.norm_groups, width, eps=config.norm_eps)
         self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)

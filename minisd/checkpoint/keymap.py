@@ -183,7 +183,7 @@ def unet_keys(config: UNetConfig) -> Iterator[Key]:
         "in": config.in_channels,
         "out": config.out_channels,
         "first": config.widths[0],
-        "time": 4 * config.widths[0],
+        "time": config.time_width,
     }
     yield from place(UNET_ENDS, "", "", "", **ends)
     yield from unet_down(config)
@@ -196,7 +196,7 @@ def station(
 ) -> Iterator[Key]:
     """A resnet from width i to o, and the transformer that may follow it."""
     resnet, transformer = f"{folder}.resnets.{index}.", f"{folder}.attentions.{index}."
-    yield from place(UNET_RESNET, f"{here}.resnet.", resnet, f"{compvis}.0.", i=i, o=o, time=4 * config.widths[0])
+    yield from place(UNET_RESNET, f"{here}.resnet.", resnet, f"{compvis}.0.", i=i, o=o, time=config.time_width)
     if attention:
         sizes = {"c": o, "4c": 4 * o, "8c": 8 * o, "context": config.context_width}
         yield from place(TRANSFORMER, f"{here}.attention.", transformer, f"{compvis}.1.", **sizes)
@@ -222,21 +222,12 @@ def unet_middle(config: UNetConfig) -> Iterator[Key]:
     width = config.widths[-1]
     yield from station(config, "middle.0", "mid_block", 0, "middle_block", width, width, True)
     names = "middle.1.resnet.", "mid_block.resnets.1.", "middle_block.2."
-    yield from place(UNET_RESNET, *names, i=width, o=width, time=4 * config.widths[0])
-
-
-def skip_widths(config: UNetConfig) -> list[int]:
-    """The widths of the outputs that the way down leaves for the way up, first pushed first."""
-    widths = [config.widths[0]]
-    for level, width in enumerate(config.widths):
-        last = level == len(config.widths) - 1
-        widths += [width] * (config.resnets_per_level + (not last))
-    return widths
+    yield from place(UNET_RESNET, *names, i=width, o=width, time=config.time_width)
 
 
 def unet_up(config: UNetConfig) -> Iterator[Key]:
     """The way up. Each block takes what came from below together with a skip."""
-    block, width, skips = 0, config.widths[-1], skip_widths(config)
+    block, width, skips = 0, config.widths[-1], config.skip_widths
     for level, level_width in reversed(list(enumerate(config.widths))):
         folder, attention = f"up_blocks.{len(config.widths) - 1 - level}", config.attention[level]
         for index in range(config.resnets_per_level + 1):
