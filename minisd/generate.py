@@ -19,7 +19,7 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 import minisd
-from minisd.checkpoint.writing import make_public
+from minisd.checkpoint.textfiles import write_whole
 from minisd.pipeline import StableDiffusion, to_pictures
 
 
@@ -221,20 +221,12 @@ def make_grid(pictures: list[Image.Image]) -> Image.Image:
 
 
 def write_png(path: Path, picture: Image.Image, parameters: str) -> None:
-    """Write a PNG with its settings, under a temporary name first: never half a picture."""
+    """Write a PNG with its settings."""
     text = PngImagePlugin.PngInfo()
     text.add_itxt("parameters", parameters) if not parameters.isascii() else text.add_text("parameters", parameters)
     data = io.BytesIO()
     picture.save(data, format="PNG", pnginfo=text)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.stem[:40]}-", delete=False) as scratch:
-        try:
-            scratch.write(data.getbuffer())
-            scratch.close()
-            make_public(scratch.name)
-            os.replace(scratch.name, path)
-        except BaseException:
-            os.unlink(scratch.name)
-            raise
+    write_whole(path, data.getvalue())
 
 
 def report(paths: Paths, settings: Settings, seconds: float, as_json: bool) -> None:

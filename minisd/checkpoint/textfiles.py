@@ -1,6 +1,7 @@
-"""Text and JSON files of a checkpoint, read with one clear error. This file needs the standard library only."""
+"""Small files, read with one clear error and written whole or not at all. This file needs the standard library only."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -31,3 +32,13 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: is not a JSON object")
     return value
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name beside it, then rename it: nobody ever finds half of it."""
+    temporary = path.with_name(f".{path.stem[:40]}-{os.getpid()}.tmp")  # short: names are limited to 255 bytes
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -49,7 +49,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def make_public(path: str | os.PathLike[str]) -> None:
-    """Give a file the permissions of any new file: temporary files are private, and so are those of safetensors."""
+    """Give a file the permissions of any new file: what safetensors writes is private."""
     mask = os.umask(0)
     os.umask(mask)
     os.chmod(path, 0o666 & ~mask)

@@ -10,9 +10,10 @@ import json
 import math
 import numbers
 import operator
-import os
 from pathlib import Path
 from typing import Any, NoReturn
+
+from minisd.checkpoint.textfiles import write_whole
 
 CONFIG_FILE = "scheduler_config.json"
 
@@ -39,15 +40,10 @@ class SchedulerConfig(dict[str, Any]):
 
 
 def write_config(path: Path, config: dict[str, Any]) -> None:
-    """Write a JSON file all or nothing: under a temporary name first, so that nobody finds half of it."""
+    """Write a JSON file all or nothing. Makes the folder if needed."""
     text = json.dumps(config, indent=2, sort_keys=True, default=lambda number: number.item())  # NumPy's
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, f"{text}\n".encode())
 
 
 # ---------------------------------------------------- saying no
