@@ -88,7 +88,20 @@ EMOJI_TABLE = """
 🙂 smiling face, smiley, slightly smiling face; 😀 grinning face; 😂 laughing face, face with tears of joy;
 😍 heart eyes, smiling face with heart eyes; 😎 cool face, smiling face with sunglasses; 😢 crying face;
 😡 angry face;
-😴 sleeping face; 😱 scared face; 👍 thumbs up; ✋ hand, raised hand; 👀 eyes; 👄 mouth, lips
+😴 sleeping face; 😱 scared face; 👍 thumbs up; ✋ hand, raised hand; 👀 eyes; 👄 mouth, lips;
+🐹 hamster, hamster face; 🐨 koala; 🐴 horse, horse face; 🐺 wolf, wolf face; 🐬 dolphin; 🦈 shark; 🦀 crab;
+🐊 crocodile; 🦆 duck; 🦜 parrot; 🦒 giraffe, giraffe face; 🐪 camel, dromedary camel; 🐜 ant; 🦇 bat; 🦔 hedgehog;
+🐑 sheep; 🦕 dinosaur, sauropod; 🐉 dragon;
+🍫 chocolate, chocolate bar; 🍬 candy; 🍭 lollipop; 🥐 croissant; 🌭 hot dog; 🍿 popcorn; 🥝 kiwi, kiwifruit;
+🍷 wine, glass of wine; 🥛 milk, glass of milk; 🌶 chili pepper, hot pepper; 🧁 cupcake; 🍣 sushi; 🥦 broccoli;
+🥔 potato; 🍼 baby bottle;
+🚒 fire engine, fire truck; 🚓 police car; 🚜 tractor; 🚢 ship; 🚚 truck, delivery truck; ⏰ alarm clock, clock;
+📷 camera; 🎨 palette, artist palette; 🎻 violin; 🎺 trumpet; 🥁 drum; ✂ scissors; 🔨 hammer; 👕 t-shirt, shirt;
+👗 dress; 👟 shoe, sneaker; 🎒 backpack, school bag; ☎ telephone; 📱 phone, mobile phone;
+💻 laptop, computer; 📺 television, tv; ⚓ anchor; 🏰 castle; ⛺ tent; 🌋 volcano; 🗻 mountain, mount fuji; 💣 bomb;
+🎲 die, game die; ⚾ baseball; 🪐 saturn, ringed planet; ✉ envelope, letter; 🔒 lock, padlock;
+💐 bouquet, bunch of flowers; 🌼 blossom, daisy; 🌸 cherry blossom; 🧸 teddy bear;
+🛸 flying saucer, ufo; 🤡 clown, clown face
 """
 
 # Unicode names that describe a black-and-white drawing ("heavy black heart" is the red one), a size that is
@@ -115,8 +128,31 @@ def _parse(table: str) -> dict[str, tuple[str, ...]]:
 EMOJI = _parse(EMOJI_TABLE)
 
 # Words after which English takes no article ("a french fries" would be learnt, too, but reads badly).
-PLURAL = {"grapes", "cherries", "french fries", "glasses", "eyeglasses", "eyes", "lips", "heart eyes"}
-UNCOUNTED = {"fire", "bread", "corn", "poop", "thumbs up", "lightning", "earth", "planet earth"}
+PLURAL = {"grapes", "cherries", "french fries", "glasses", "eyeglasses", "eyes", "lips", "heart eyes", "scissors"}
+UNCOUNTED = {
+    "fire",
+    "bread",
+    "corn",
+    "maize",
+    "poop",
+    "thumbs up",
+    "lightning",
+    "earth",
+    "planet earth",
+    "saturn",
+    "mount fuji",
+    "chocolate",
+    "candy",
+    "popcorn",
+    "sushi",
+    "broccoli",
+    "milk",
+    "wine",
+    "coffee",
+    "beer",
+    "cheese",
+    "tennis",
+}
 
 
 # ---- what is in a picture --------------------------------------------------------------------------------
@@ -169,7 +205,7 @@ def draw_scene(seed: int, index: int, variety: Variety = PLAIN) -> Scene:
     """The scene number `index` of the endless series `seed`."""
     rng = random.Random(f"{seed}/{index}")
     ground = "white" if rng.random() < 0.4 else rng.choice(list(GROUNDS))
-    if variety.pairs and rng.random() < 0.25:
+    if variety.pairs and rng.random() < 0.2:
         left, right = rng.sample(list(EMOJI), 2)
         pair = (
             _figure(rng, left, ASIDE, *PLACES["on the left"]),

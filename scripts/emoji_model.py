@@ -1,7 +1,7 @@
 """The emoji model: Stable Diffusion 1.5's plan with small numbers, all of them here.
 
-Pictures are 64 x 64 pixels, latents 8 x 8. Widths, norm groups, the depth of the text encoder and the vocabulary are
-smaller than SD 1.5's; epsilons, activations, paddings and the noise schedule are the same. 15.5 million numbers in all.
+Pictures are 128 x 128 pixels, latents 16 x 16. Widths, norm groups, the depth of the text encoder and the vocabulary
+are smaller than SD 1.5's; epsilons, activations, paddings and the noise schedule are the same. 15.5 million numbers.
 """
 
 from minisd.config import TextEncoderConfig, UNetConfig, VAEConfig
@@ -10,7 +10,7 @@ VOCABULARY_SIZE = 2000
 CONTEXT_LENGTH = 77
 
 EMOJI_VAE = VAEConfig(
-    sample_size=64,
+    sample_size=128,
     image_channels=3,
     latent_channels=4,
     widths=(32, 64, 96, 96),
@@ -34,7 +34,7 @@ EMOJI_TEXT_ENCODER = TextEncoderConfig(
 )
 
 EMOJI_UNET = UNetConfig(
-    sample_size=8,
+    sample_size=16,
     in_channels=4,
     out_channels=4,
     widths=(64, 96, 128, 128),

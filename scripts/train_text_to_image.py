@@ -1,46 +1,50 @@
 """Train the emoji model's UNet and text encoder: predict the noise in a latent, given its caption.
 
-The pictures are painted and encoded once, into a bank of latents; captions are drawn anew for every step.
-The batch of a step is a function of the step, so a run that was stopped goes on as if nothing had happened.
-
     python scripts/train_text_to_image.py --vae runs/vae/vae.pt --tokenizer runs/tokenizer --steps 12000
+    torchrun --nproc-per-node 8 scripts/train_text_to_image.py ...     # the same run on eight GPUs, or CPU sockets
 
-The end writes a folder that `minisd generate --model runs/text-to-image/model` takes; `--steps 0` writes the state of
-the last checkpoint.
+`--batch` is the whole team's: the loss curve does not depend on the number of processes. Run it again to go on from
+the last checkpoint. The end writes a folder that `minisd generate --model runs/text-to-image/model` takes; `--steps 0`
+writes the state of the last checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import random
+import copy
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from emoji_data import FULL, PLAIN, Scene, Studio, Variety, caption, contact_sheet, draw_scene, fail
+from emoji_data import FULL, PLAIN, contact_sheet, fail
 from emoji_model import EMOJI_TEXT_ENCODER, EMOJI_UNET
+from latent_bank import Bank, Batch, draw_batch, open_bank
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 from train_vae import load_vae
-from training import learning_rate, load_checkpoint, save_checkpoint
+from training import (
+    Progress,
+    Team,
+    gather_team,
+    learning_rate,
+    load_checkpoint,
+    mixed_precision,
+    save_checkpoint,
+)
 
 from minisd.config import SD15
 from minisd.pipeline import StableDiffusion
-from minisd.schedulers import DDIMScheduler
+from minisd.schedulers import DDPMScheduler
 from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import CLIPTokenizer
 from minisd.unet import UNet
 from minisd.vae import VAE
 
-NO_CAPTION = 0.1  # share of empty captions, for classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598)
 SNR_LIMIT = 5.0  # Hang et al. 2023, arXiv:2303.09556: low-noise steps would otherwise dominate the gradient
 EMA_DECAY = 0.999
+WARMUP = 200  # steps
 SEED = 0
 GENERATION = {"steps": 30, "guidance_scale": 4.0}
 PROMPTS = (
@@ -86,68 +90,12 @@ class Denoiser(nn.Module):
         return self.unet(noisy, timesteps, self.text_encoder(ids))
 
 
-# ---- data ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Bank:
-    """Scenes and the moments of their latents, scaled to unit variance."""
-
-    scenes: Sequence[Scene]
-    mean: Tensor  # (N, 4, 8, 8)
-    std: Tensor
-
-
-def open_bank(path: Path, vae: VAE, font: Path | None, *, count: int, variety: Variety) -> Bank:
-    """The bank of this run: read from its file if that fits, else filled and written."""
-    scenes = [draw_scene(SEED, index, variety) for index in range(count)]
-    key = f"{variety} {hash_of(scenes)} {vae.scaling_factor}"
-    if path.is_file():
-        stored = torch.load(path, weights_only=True)
-        if stored["key"] == key:
-            return Bank(scenes, stored["mean"], stored["std"])
-    bank = fill_bank(scenes, vae, Studio(font))
-    torch.save({"key": key, "mean": bank.mean, "std": bank.std}, path)
-    return bank
-
-
-def hash_of(scenes: Sequence[Scene]) -> str:
-    """Changes when the scenes change."""
-    return hashlib.sha256(repr(scenes).encode()).hexdigest()
-
-
-@torch.no_grad()
-def fill_bank(scenes: Sequence[Scene], vae: VAE, studio: Studio) -> Bank:
-    """Paint and encode scenes."""
-    means, stds = [], []
-    for start in tqdm(range(0, len(scenes), 64), desc="encoding", unit="batch"):
-        images = torch.from_numpy(studio.batch(scenes[start : start + 64], vae.config.sample_size))
-        with torch.autocast("cpu", torch.bfloat16):
-            latents = vae.encode(images)
-        means.append(latents.mean.float() * vae.scaling_factor)
-        stds.append((0.5 * latents.logvar.float()).exp() * vae.scaling_factor)
-    return Bank(scenes, torch.cat(means).contiguous(), torch.cat(stds).contiguous())
-
-
-def draw_batch(bank: Bank, tokenizer: CLIPTokenizer, size: int, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Latents, noise, timesteps and token ids of a step."""
-    rng, generator = random.Random(f"{SEED}/{step}"), torch.Generator().manual_seed(step)
-    chosen = [rng.randrange(len(bank.scenes)) for _ in range(size)]
-    captions = ["" if rng.random() < NO_CAPTION else caption(bank.scenes[i], rng) for i in chosen]
-    mean, std = bank.mean[chosen], bank.std[chosen]
-    latents = mean + std * torch.randn(mean.shape, generator=generator)
-    noise = torch.randn(mean.shape, generator=generator)
-    # One timestep from each of `size` equal shares of the range: still uniform, but no batch is all easy or all hard.
-    shares = (torch.arange(size) + torch.rand(size, generator=generator)) / size
-    return latents, noise, (shares * 1000).long(), tokenizer(captions)
-
-
 # ---- training --------------------------------------------------------------------------------------------
 
 
-def weights(scheduler: DDIMScheduler, timesteps: Tensor) -> Tensor:
+def weights(scheduler: DDPMScheduler, timesteps: Tensor) -> Tensor:
     """min(SNR, limit) / SNR for each timestep: the weight of its squared error in the noise."""
-    alpha_bar = scheduler.alphas_cumprod[timesteps]
+    alpha_bar = scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
     snr = alpha_bar / (1 - alpha_bar)
     return snr.clamp(max=SNR_LIMIT) / snr
 
@@ -159,51 +107,53 @@ def follow(average: nn.Module, model: nn.Module, step: int) -> None:
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
+def learn(model: nn.Module, batch: Batch, scheduler: DDPMScheduler) -> Tensor:
+    """The loss of a batch: how badly the noise was guessed. Sets the gradients."""
+    noisy = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
+    with mixed_precision(noisy.device):
+        predicted = model(noisy, batch.timesteps, batch.ids)
+    error = F.mse_loss(predicted.float(), batch.noise, reduction="none").mean(dim=(1, 2, 3))
+    loss = (weights(scheduler, batch.timesteps) * error).mean()
+    loss.backward()
+    return loss
+
+
 def train(
+    team: Team,
     folder: Path,
     bank: Bank,
-    vae: VAE,
     tokenizer: CLIPTokenizer,
+    denoiser: Denoiser,
     *,
     steps: int,
     batch: int,
     peak: float,
     save_every: int,
-    sample_every: int,
+    show: Callable[[Denoiser, int], None],
 ) -> Denoiser:
-    """Train up to step `steps`, going on from the folder's checkpoint if there is one; return the average."""
-    torch.manual_seed(SEED)
-    model, average = Denoiser(), Denoiser().requires_grad_(False)
-    average.load_state_dict(model.state_dict())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    parts = {"model": model, "average": average, "optimizer": optimizer}
+    """Train up to step `steps`, going on from the folder's checkpoint if there is one; return the average.
+
+    `show(average, step)` is called after each checkpoint, in the leading process.
+    """
+    denoiser = denoiser.to(team.device)
+    average = copy.deepcopy(denoiser).requires_grad_(False)
+    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    parts = {"model": denoiser, "average": average, "optimizer": optimizer}
     first = load_checkpoint(folder / "train.pt", parts)
-    scheduler = DDIMScheduler.from_config(SD15.scheduler)
-    progress = tqdm(range(first, max(first, steps)), initial=first, total=steps, unit="step", mininterval=2)
-    recent = 0.0
+    model, scheduler = team.join(denoiser), DDPMScheduler.from_config(SD15.scheduler)
+    progress = Progress(folder, team, range(first, max(first, steps)), batch)
     for step in progress:
-        latents, noise, timesteps, ids = draw_batch(bank, tokenizer, batch, step)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, peak=peak, warmup=300, total=steps)
-        noisy = scheduler.add_noise(latents, noise, timesteps)
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            predicted = model(noisy, timesteps, ids)
-        error = F.mse_loss(predicted.float(), noise, reduction="none").mean(dim=(1, 2, 3))
-        loss = (weights(scheduler, timesteps) * error).mean()
+            group["lr"] = learning_rate(step, peak=peak, warmup=WARMUP, total=steps)
         optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        loss = learn(model, draw_batch(bank, tokenizer, batch, step).share(team), scheduler)
+        torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
         optimizer.step()
-        follow(average, model, step)
-        recent = loss.item() if step == first else 0.98 * recent + 0.02 * loss.item()
-        if step % 10 == 0:
-            speed = batch * (progress.format_dict["rate"] or 0)
-            progress.set_postfix_str(f"loss {recent:.4f}, {speed:.0f} images/s", refresh=False)
-        if (step + 1) % save_every == 0 or step + 1 == steps:
+        follow(average, denoiser, step)
+        progress.note(step, team.mean(loss))
+        if team.leads and ((step + 1) % save_every == 0 or step + 1 == steps):
             save_checkpoint(folder / "train.pt", parts, step + 1)
-        if (step + 1) % sample_every == 0 or step + 1 == steps:
-            tqdm.write(f"step {step + 1}: loss {recent:.4f}")
-            grid(assemble(average, vae, tokenizer)).save(folder / f"sample-{step + 1:06d}.png")
+            show(average, step + 1)
     return average
 
 
@@ -223,40 +173,67 @@ def grid(sd: StableDiffusion, columns: int = 8) -> Image.Image:
     return contact_sheet(pictures, PROMPTS, columns)
 
 
-def main() -> None:
+def new_denoiser(start: str | None) -> Denoiser:
+    """Fresh weights, or those of a model that learnt before (from smaller pictures, say)."""
+    torch.manual_seed(SEED)
+    denoiser = Denoiser()
+    if start:
+        model = StableDiffusion.load(start)
+        denoiser.text_encoder.load_state_dict(model.text_encoder.state_dict())
+        denoiser.unet.load_state_dict(model.unet.state_dict())
+    return denoiser
+
+
+def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train UNet and text encoder of the emoji model; run again to resume.")
-    parser.add_argument("--run", type=Path, default=Path("runs/text-to-image"), metavar="FOLDER")
+    parser.add_argument("--out", type=Path, default=Path("runs/text-to-image"), metavar="FOLDER")
     parser.add_argument("--vae", type=Path, default=Path("runs/vae/vae.pt"), metavar="FILE")
     parser.add_argument("--tokenizer", type=Path, default=Path("runs/tokenizer"), metavar="FOLDER")
+    parser.add_argument(
+        "--from", dest="start", metavar="MODEL", help="begin with the weights of this model (folder or 'emoji')"
+    )
     parser.add_argument("--steps", type=int, default=12_000, help="length of the whole run (default 12000)")
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=64, help="scenes a step, of all processes together (default 64)")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--bank", type=int, default=10_240, metavar="SCENES", help="pictures to encode beforehand")
-    parser.add_argument("--full", action="store_true", help="with sizes, places and pairs")
-    parser.add_argument("--save-every", type=int, default=300, metavar="STEPS")
-    parser.add_argument("--sample-every", type=int, default=600, metavar="STEPS")
+    parser.add_argument("--plain", action="store_true", help="one thing in the middle: no sizes, places and pairs")
+    parser.add_argument("--save-every", type=int, default=300, metavar="STEPS", help="checkpoint and samples")
     parser.add_argument("--font", type=Path, help="NotoColorEmoji.ttf, if it is not in its usual place")
     arguments = parser.parse_args()
     for path in (arguments.vae, arguments.tokenizer / "vocab.json"):
         if not path.is_file():
             sys.exit(fail(f"{path}: no such file; run train_vae.py and train_tokenizer.py first"))
-    arguments.run.mkdir(parents=True, exist_ok=True)
+    return arguments
+
+
+def main() -> None:
+    arguments = read_arguments()
+    run = arguments.out
+    run.mkdir(parents=True, exist_ok=True)
     vae, tokenizer = load_vae(arguments.vae), CLIPTokenizer.from_folder(arguments.tokenizer)
-    variety = FULL if arguments.full else PLAIN
-    bank = open_bank(arguments.run / "bank.pt", vae, arguments.font, count=arguments.bank, variety=variety)
-    model = train(
-        arguments.run,
-        bank,
-        vae,
-        tokenizer,
-        steps=arguments.steps,
-        batch=arguments.batch,
-        peak=arguments.lr,
-        save_every=arguments.save_every,
-        sample_every=arguments.sample_every,
-    )
-    assemble(model, vae, tokenizer).save(arguments.run / "model", dtype=torch.float16)
-    print(arguments.run / "model")
+    variety = PLAIN if arguments.plain else FULL
+
+    def show(average: Denoiser, step: int) -> None:
+        grid(assemble(average, vae.to(average.unet.conv_in.weight.device), tokenizer)).save(run / f"step-{step:06}.png")
+
+    with gather_team() as team:
+        team.check_batch(arguments.batch)
+        bank = open_bank(run / "bank.pt", vae, arguments.font, team, count=arguments.bank, variety=variety)
+        model = train(
+            team,
+            run,
+            bank,
+            tokenizer,
+            new_denoiser(arguments.start),
+            steps=arguments.steps,
+            batch=arguments.batch,
+            peak=arguments.lr,
+            save_every=arguments.save_every,
+            show=show,
+        )
+        if team.leads:
+            assemble(model.cpu(), vae.cpu(), tokenizer).save(run / "model", dtype=torch.float16)
+            print(run / "model")
 
 
 if __name__ == "__main__":

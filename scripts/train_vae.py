@@ -1,11 +1,15 @@
 """Train the emoji model's autoencoder: pictures in, the same pictures out, through latents 8 times smaller.
 
-The loss is what the eye minds: wrong colours (L1), wrong edges (L1 between differences of neighbouring
-pixels), plus a very small pull of the latents towards the standard normal (KL). There is no discriminator
-and no perceptual network: drawings with flat colours do without. Data are a function of the step, so a
-resumed run sees what it would have seen.
+The loss is what the eye minds: wrong colours (L1), wrong edges (L1 between differences of neighbouring pixels), plus a
+very small pull of the latents towards the standard normal (KL). There is no discriminator and no perceptual network:
+drawings with flat colours do without. Scenes are a function of the step, so a resumed run sees what it would have seen.
 
-    python scripts/train_vae.py    # writes runs/vae/vae.pt and sample pictures; run again to resume
+    python scripts/train_vae.py --size 64 --out runs/vae-64           # small pictures first: a quarter of the work
+    python scripts/train_vae.py --from runs/vae-64/vae.pt            # then 128 x 128: writes runs/vae/vae.pt
+    python scripts/train_vae.py --decoder-of runs/vae/vae.pt --out runs/vae-decoder
+    torchrun --nproc-per-node 8 scripts/train_vae.py --batch 64       # the same on eight GPUs
+
+Run it again to go on from the last checkpoint. `--batch` is the whole team's.
 """
 
 from __future__ import annotations
@@ -14,111 +18,165 @@ import argparse
 import dataclasses
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from emoji_data import FULL, PLAIN, Studio, Variety, draw_scene, fail
 from emoji_model import EMOJI_VAE
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from training import learning_rate, load_checkpoint, save_checkpoint, to_picture
+from training import (
+    Progress,
+    Team,
+    gather_team,
+    learning_rate,
+    load_checkpoint,
+    mixed_precision,
+    save_checkpoint,
+    to_picture,
+)
 
 from minisd.config import VAEConfig
-from minisd.vae import VAE, Gaussian
+from minisd.vae import VAE
 
 EDGE_WEIGHT, KL_WEIGHT = 0.5, 1e-4
+WARMUP = 100  # steps
 TRAIN, TEST = 0, 1  # seeds of the two series of scenes
 
 
-def pictures(studio: Studio, seed: int, start: int, count: int, variety: Variety) -> Tensor:
-    """Scenes `start` ... `start + count` of a series as a batch (B, 3, 64, 64) in [-1, 1]."""
-    scenes = [draw_scene(seed, index, variety) for index in range(start, start + count)]
-    return torch.from_numpy(studio.batch(scenes, EMOJI_VAE.sample_size))
+class Paintings(Dataset[np.ndarray]):
+    """An endless series of scenes as pictures (3, size, size) in [-1, 1]."""
+
+    def __init__(self, studio: Studio, seed: int, variety: Variety, size: int) -> None:
+        self.studio, self.seed, self.variety, self.size = studio, seed, variety, size
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.studio.batch([draw_scene(self.seed, index, self.variety)], self.size)[0]
 
 
-def loss(images: Tensor, decoded: Tensor, latents: Gaussian) -> Tensor:
+def pictures(paintings: Dataset[np.ndarray], start: int, count: int) -> Tensor:
+    """The pictures `start` ... `start + count` of a series as a batch (B, 3, H, W)."""
+    return torch.from_numpy(np.stack([paintings[index] for index in range(start, start + count)]))
+
+
+class Autoencoder(nn.Module):
+    """Both ways at once, as DistributedDataParallel wants it."""
+
+    def __init__(self, vae: VAE) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images (B, 3, 8H, 8W), noise (B, 4, H, W) -> decoded images, and the latents' mean and log variance."""
+        latents = self.vae.encode(images)
+        decoded = self.vae.decode(latents.mean + (0.5 * latents.logvar).exp() * noise)
+        return decoded, latents.mean, latents.logvar
+
+
+def loss(images: Tensor, decoded: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
     """Colours + edges + KL, each a mean over its elements."""
     colours = F.l1_loss(decoded, images)
-    edges = sum(F.l1_loss(decoded.diff(dim=axis), images.diff(dim=axis)) for axis in (2, 3))
-    return colours + EDGE_WEIGHT * edges + KL_WEIGHT * latents.kl().mean() / latents.mean[0].numel()
+    edges = F.l1_loss(decoded.diff(dim=2), images.diff(dim=2)) + F.l1_loss(decoded.diff(dim=3), images.diff(dim=3))
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    return colours + EDGE_WEIGHT * edges + KL_WEIGHT * kl
+
+
+def batches(paintings: Dataset[np.ndarray], first: int, last: int, batch: int, workers: int) -> DataLoader[np.ndarray]:
+    """The batches of steps `first` ... `last`, painted by `workers` processes (0: by this one)."""
+    return DataLoader(paintings, batch, sampler=range(first * batch, last * batch), num_workers=workers)
 
 
 def train(
-    vae: VAE,
+    team: Team,
     folder: Path,
+    paintings: Dataset[np.ndarray],
+    vae: VAE,
     *,
     steps: int,
     batch: int,
     peak: float,
     save_every: int,
-    studio: Studio,
-    variety: Variety,
+    workers: int,
+    show: Callable[[VAE, int], None],
 ) -> VAE:
-    """Train up to step `steps`, going on from the folder's checkpoint if there is one."""
+    """Train up to step `steps`, going on from the folder's checkpoint if there is one.
+
+    `show(vae, step)` is called after each checkpoint, in the leading process.
+    """
+    vae = vae.to(team.device)
     trainable = [parameter for parameter in vae.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    first = load_checkpoint(folder / "train.pt", {"vae": vae, "optimizer": optimizer})
-    progress = tqdm(range(first, steps), initial=first, total=steps, unit="step", mininterval=2)
-    for step in progress:
-        images = pictures(studio, TRAIN, step * batch, batch, variety)
+    parts = {"vae": vae, "optimizer": optimizer}
+    first = load_checkpoint(folder / "train.pt", parts)
+    model = team.join(Autoencoder(vae))
+    progress = Progress(folder, team, range(first, max(first, steps)), batch)
+    for step, whole in zip(progress, batches(paintings, first, steps, batch, workers), strict=False):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, peak=peak, warmup=100, total=steps)
-        with torch.autocast("cpu", torch.bfloat16):
-            latents = vae.encode(images)
-            noise = torch.Generator().manual_seed(step)
-            decoded = vae.decode(latents.sample(noise))
-        error = loss(images, decoded.float(), latents)
+            group["lr"] = learning_rate(step, peak=peak, warmup=WARMUP, total=steps)
+        images, noise = team.share(whole), team.share(noise_for(vae, whole, step))
+        with mixed_precision(team.device):
+            decoded, mean, logvar = model(images, noise)
+        error = loss(images, decoded.float(), mean.float(), logvar.float())
         optimizer.zero_grad()
         error.backward()
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
-        if step % 10 == 0:
-            speed = batch * (progress.format_dict["rate"] or 0)
-            progress.set_postfix_str(f"loss {error.item():.4f}, {speed:.0f} images/s", refresh=False)
-        if (step + 1) % save_every == 0 or step + 1 == steps:
-            save_checkpoint(folder / "train.pt", {"vae": vae, "optimizer": optimizer}, step + 1)
-            tqdm.write(f"step {step + 1}: {psnr(vae, studio, variety):.2f} dB")
-            before_and_after(vae, studio, variety).save(folder / "sample.png")
+        progress.note(step, team.mean(error))
+        if team.leads and ((step + 1) % save_every == 0 or step + 1 == steps):
+            save_checkpoint(folder / "train.pt", parts, step + 1)
+            show(vae, step + 1)
     return vae.eval()
 
 
+def noise_for(vae: VAE, images: Tensor, step: int) -> Tensor:
+    """The noise that samples a batch's latents: the same for every number of processes."""
+    count, _, height, width = images.shape
+    factor = vae.config.downsampling
+    shape = (count, vae.config.latent_channels, height // factor, width // factor)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(step))
+
+
 @torch.no_grad()
-def psnr(vae: VAE, studio: Studio, variety: Variety, count: int = 256) -> float:
+def psnr(vae: VAE, unseen: Dataset[np.ndarray], count: int = 64) -> float:
     """Mean peak signal-to-noise ratio of unseen scenes, in decibels."""
-    images = pictures(studio, TEST, 0, count, variety)
-    decoded = torch.cat([vae.decode(vae.encode(part).mode()) for part in images.split(64)]).clamp(-1, 1)
+    images = pictures(unseen, 0, count).to(vae.quant_conv.weight.device)
+    decoded = torch.cat([vae.decode(vae.encode(part).mode()) for part in images.split(16)]).clamp(-1, 1)
     mse = ((decoded - images) / 2).square().mean(dim=(1, 2, 3))
     return float((-10 * torch.log10(mse)).mean())
 
 
 @torch.no_grad()
-def before_and_after(vae: VAE, studio: Studio, variety: Variety, columns: int = 16) -> Image.Image:
+def before_and_after(vae: VAE, unseen: Dataset[np.ndarray], columns: int = 12) -> Image.Image:
     """Rows of unseen pictures, each above its reconstruction."""
-    images = pictures(studio, TEST, 0, 3 * columns, variety)
+    images = pictures(unseen, 0, 2 * columns).to(vae.quant_conv.weight.device)
     decoded = vae.decode(vae.encode(images).mode())
     rows = [row for pair in zip(images.split(columns), decoded.split(columns), strict=True) for row in pair]
     return to_picture(torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1))
 
 
 @torch.no_grad()
-def scaling_factor(vae: VAE, studio: Studio, variety: Variety, count: int = 2048) -> float:
+def scaling_factor(vae: VAE, paintings: Dataset[np.ndarray], count: int = 1024) -> float:
     """One over the standard deviation of the latents (Rombach et al. 2022, appendix G)."""
-    batches = [pictures(studio, TRAIN, start, 64, variety) for start in range(0, count, 64)]
-    latents = torch.cat([vae.encode(images).sample() for images in batches])
-    return 1 / float(latents.std())
+    device = vae.quant_conv.weight.device
+    latents = [vae.encode(pictures(paintings, start, 16).to(device)).sample() for start in range(0, count, 16)]
+    return 1 / float(torch.cat(latents).std())
 
 
-def new_vae(start: Path | None) -> VAE:
-    """Fresh weights; or those of a finished run, to train its decoder only.
+def new_vae(start: Path | None, decoder_of: Path | None) -> VAE:
+    """Fresh weights; those of a run before; or those of a finished run, to train its decoder only.
 
-    The latents then stay what they were, and a UNet that learnt them stays valid (as in Stability AI's sd-vae-ft-mse).
+    With the encoder the latents stay what they were, and a UNet that learnt them stays valid (as in Stability AI's
+    sd-vae-ft-mse).
     """
     torch.manual_seed(0)
-    if start is None:
-        return VAE(EMOJI_VAE)
-    vae = load_vae(start).train()
+    if decoder_of is None:
+        return load_vae(start).train() if start else VAE(EMOJI_VAE)
+    vae = load_vae(decoder_of).train()
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
     return vae
@@ -132,37 +190,64 @@ def load_vae(path: Path) -> VAE:
     return vae.eval()
 
 
-def main() -> None:
+def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the emoji model's autoencoder; run again to resume.")
-    parser.add_argument("--run", type=Path, default=Path("runs/vae"), metavar="FOLDER")
+    parser.add_argument("--out", type=Path, default=Path("runs/vae"), metavar="FOLDER")
+    parser.add_argument("--size", type=int, default=EMOJI_VAE.sample_size, help="pixels of the training pictures")
     parser.add_argument("--steps", type=int, default=8000, help="length of the whole run (default 8000)")
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=8, help="pictures a step, of all processes together (default 8)")
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--decoder-of", type=Path, metavar="FILE", help="improve only the decoder of this vae.pt")
-    parser.add_argument("--full", action="store_true", help="with sizes, places and pairs")
-    parser.add_argument("--save-every", type=int, default=500, metavar="STEPS")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--from", dest="start", type=Path, metavar="FILE", help="begin with the weights of this vae.pt")
+    start.add_argument("--decoder-of", type=Path, metavar="FILE", help="improve only the decoder of this vae.pt")
+    parser.add_argument("--plain", action="store_true", help="one thing in the middle: no sizes, places and pairs")
+    parser.add_argument("--save-every", type=int, default=500, metavar="STEPS", help="checkpoint and samples")
+    parser.add_argument("--workers", type=int, default=0, help="processes that paint (for a GPU: one for each core)")
     parser.add_argument("--font", type=Path, help="NotoColorEmoji.ttf, if it is not in its usual place")
     arguments = parser.parse_args()
-    studio, variety = Studio(arguments.font), FULL if arguments.full else PLAIN
-    if arguments.decoder_of and not arguments.decoder_of.is_file():
-        sys.exit(fail(f"{arguments.decoder_of}: no such file"))
-    arguments.run.mkdir(parents=True, exist_ok=True)
-    vae = train(
-        new_vae(arguments.decoder_of),
-        arguments.run,
-        steps=arguments.steps,
-        batch=arguments.batch,
-        peak=arguments.lr,
-        save_every=arguments.save_every,
-        studio=studio,
-        variety=variety,
-    )
-    scale = vae.scaling_factor if arguments.decoder_of else scaling_factor(vae, studio, variety)
+    for path in (arguments.start, arguments.decoder_of):
+        if path and not path.is_file():
+            sys.exit(fail(f"{path}: no such file"))
+    return arguments
+
+
+def main() -> None:
+    arguments = read_arguments()
+    run = arguments.out
+    run.mkdir(parents=True, exist_ok=True)
+    studio, variety = Studio(arguments.font), PLAIN if arguments.plain else FULL
+    paintings, unseen = (Paintings(studio, seed, variety, arguments.size) for seed in (TRAIN, TEST))
+
+    def show(vae: VAE, step: int) -> None:
+        tqdm.write(f"step {step}: {psnr(vae, unseen):.2f} dB")
+        before_and_after(vae, unseen).save(run / "sample.png")
+
+    with gather_team() as team:
+        team.check_batch(arguments.batch)
+        vae = train(
+            team,
+            run,
+            paintings,
+            new_vae(arguments.start, arguments.decoder_of),
+            steps=arguments.steps,
+            batch=arguments.batch,
+            peak=arguments.lr,
+            save_every=arguments.save_every,
+            workers=arguments.workers,
+            show=show,
+        )
+        if team.leads:
+            finish(vae, paintings, keep_scale=arguments.decoder_of is not None, path=run / "vae.pt")
+            print(run / "vae.pt")
+
+
+def finish(vae: VAE, paintings: Dataset[np.ndarray], *, keep_scale: bool, path: Path) -> None:
+    """Measure the scaling factor, unless the latents are those of before, and write the result."""
+    scale = vae.scaling_factor if keep_scale else scaling_factor(vae, paintings)
     if not math.isfinite(scale):
         sys.exit(fail("the latents are not finite; try a smaller --lr"))
     config = dataclasses.replace(EMOJI_VAE, scaling_factor=round(scale, 5))
-    torch.save({"config": dataclasses.asdict(config), "vae": vae.state_dict()}, arguments.run / "vae.pt")
-    print(arguments.run / "vae.pt")
+    torch.save({"config": dataclasses.asdict(config), "vae": vae.cpu().state_dict()}, path)
 
 
 if __name__ == "__main__":

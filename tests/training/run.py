@@ -1,0 +1,57 @@
+"""A training run small enough for a test, as one process or under torchrun:  run.py vae|text FOLDER STEPS [STOP]
+
+STOP: leave without a word after that step's checkpoint, as a machine does that is switched off.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from emoji_data import FULL, draw_scene
+from latent_bank import Bank
+from train_text_to_image import Denoiser
+from train_text_to_image import train as train_text
+from train_vae import train as train_vae
+from training import gather_team
+
+from minisd.checkpoint.sources import embedded_model
+from minisd.pipeline import StableDiffusion
+from minisd.tokenizer import CLIPTokenizer
+
+BATCH = 4
+
+
+class Blots:
+    """Pictures without a font: smooth random colours (3, 32, 32)."""
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        coarse = np.random.default_rng(index).uniform(-1, 1, (3, 4, 4)).astype(np.float32)
+        return coarse.repeat(8, axis=1).repeat(8, axis=2)
+
+
+def main(kind: str, folder: Path, steps: int, stop: int) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+    def show(_: object, step: int) -> None:
+        if step == stop:
+            os._exit(0)
+
+    with gather_team() as team:
+        if kind == "text":
+            mean = torch.randn(16, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+            bank = Bank([draw_scene(0, index, FULL) for index in range(16)], mean, torch.full_like(mean, 0.1))
+            words = CLIPTokenizer.from_folder(embedded_model() / "tokenizer")
+            train_text(
+                team, folder, bank, words, Denoiser(), steps=steps, batch=BATCH, peak=1e-3, save_every=3, show=show
+            )
+        else:
+            vae = StableDiffusion.load().vae.train().requires_grad_(True)
+            settings = {"steps": steps, "batch": BATCH, "peak": 1e-3, "save_every": 3, "workers": 0, "show": show}
+            train_vae(team, folder, Blots(), vae, **settings)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]) if len(sys.argv) > 4 else 0)
