@@ -331,39 +331,54 @@ def _glyph(face: ImageFont.FreeTypeFont, character: str) -> Image.Image:
 
 
 def contact_sheet(pictures: Sequence[Image.Image], labels: Sequence[str], columns: int) -> Image.Image:
-    """Pictures in a grid with their captions below."""
-    side, line = pictures[0].width, 12
+    """Pictures in a grid with their captions below, in up to three lines."""
+    side, gap = pictures[0].width, 6
+    letter = max(9, side // 11)
+    font, line = ImageFont.load_default(size=letter), round(letter * 1.25)
+    texts = [_wrapped(label, font, side) for label in labels]
+    height = side + gap + line * max(len(text) for text in texts)
     rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * (side + 4), rows * (side + line + 4)), (235, 235, 235))
+    sheet = Image.new("RGB", (columns * (side + gap) + gap, rows * (height + gap) + gap), "white")
     pen = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(size=9)
-    for i, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
-        x, y = i % columns * (side + 4) + 2, i // columns * (side + line + 4) + 2
+    for i, (picture, text) in enumerate(zip(pictures, texts, strict=True)):
+        x, y = gap + i % columns * (side + gap), gap + i // columns * (height + gap)
         sheet.paste(picture, (x, y))
-        while label and pen.textlength(label, font=font) > side + 2:
-            label = label[:-1]
-        pen.text((x, y + side), label, fill=(0, 0, 0), font=font)
+        pen.rectangle((x - 1, y - 1, x + side, y + side), outline=(210, 210, 210))
+        for number, words in enumerate(text):
+            pen.text((x + side / 2, y + side + gap / 2 + number * line), words, fill="black", font=font, anchor="ma")
     return sheet
+
+
+def _wrapped(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """A label as lines that fit into `width` pixels."""
+    lines = [""]
+    for word in label.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines[:3]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write a contact sheet of the training pictures.")
     parser.add_argument("--sheet", type=Path, required=True, metavar="OUT.png")
     parser.add_argument("--count", type=int, default=0, help="random scenes to draw (default: every emoji once)")
-    parser.add_argument("--size", type=int, default=64, help="pixels of a picture (default 64)")
+    parser.add_argument("--size", type=int, default=128, help="pixels of a picture (default 128)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--full", action="store_true", help="with sizes, places and pairs")
+    parser.add_argument("--plain", action="store_true", help="one thing in the middle: no sizes, places and pairs")
     parser.add_argument("--font", type=Path)
     arguments = parser.parse_args()
     studio = Studio(arguments.font)
     if arguments.count:
-        scenes = [draw_scene(arguments.seed, i, FULL if arguments.full else PLAIN) for i in range(arguments.count)]
+        scenes = [draw_scene(arguments.seed, i, PLAIN if arguments.plain else FULL) for i in range(arguments.count)]
         labels = [caption(scene, random.Random(i)) for i, scene in enumerate(scenes)]
     else:
         scenes = [Scene(figures=(Figure(character=c, height=0.84, x=0.5, y=0.5),), ground="white") for c in EMOJI]
         labels = [names[0] for names in EMOJI.values()]
     pictures = [studio.paint(scene, arguments.size) for scene in scenes]
-    contact_sheet(pictures, labels, columns=16).save(arguments.sheet)
+    contact_sheet(pictures, labels, columns=12).save(arguments.sheet)
     print(arguments.sheet)
 
 

@@ -25,6 +25,7 @@ from train_vae import TEST, Paintings, pictures
 
 from minisd.checkpoint.sources import embedded_model
 from minisd.pipeline import StableDiffusion
+from minisd.schedulers import DDPMScheduler
 from minisd.vae import VAE
 
 SEED = 1_000_000
@@ -43,7 +44,7 @@ class Painter:
         """One picture a prompt."""
         chosen = {**self.sd.generation, **settings}
         painted: list[Image.Image] = []
-        for start in tqdm(range(0, len(prompts), self.batch), desc=str(settings or "best"), leave=False):
+        for start in tqdm(range(0, len(prompts), self.batch), desc=", ".join(settings) or "best", leave=False):
             part = list(prompts[start : start + self.batch])
             generators = [torch.Generator().manual_seed(SEED + start + i) for i in range(len(part))]
             painted += self.sd.text_to_image(part, generator=generators, **chosen)
@@ -54,6 +55,11 @@ def share(hits: Iterable[bool]) -> str:
     """`92.5 % of 40`."""
     marks = list(hits)
     return f"{100 * sum(marks) / len(marks):.1f} % of {len(marks)}"
+
+
+def every_step(sd: StableDiffusion) -> DDPMScheduler:
+    """DDPM over all timesteps, 999 to 0. (The offset of 1 that SD 1.5's schedule has would begin at 1000.)"""
+    return DDPMScheduler.from_config(sd.config.scheduler, steps_offset=0)
 
 
 # ---- text ------------------------------------------------------------------------------------------------
@@ -133,7 +139,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 def table(sd: StableDiffusion, studio: Studio, *, names: int, few: int, batch: int) -> Iterable[str]:
     """The lines of the table, each as soon as it is measured. `few` names for the costly rows."""
-    painter, gallery = Painter(sd, batch), Gallery(studio, sd.vae.config.sample_size)
+    painter, gallery = Painter(sd, batch), Gallery.paint(studio, sd.vae.config.sample_size)
     characters = list(EMOJI)
     random.Random(SEED).shuffle(characters)
     best = sd.generation
@@ -154,7 +160,7 @@ def table(sd: StableDiffusion, studio: Studio, *, names: int, few: int, batch: i
         yield row("recognition", f"DDIM {best['steps']}, guidance {guidance:g}", *found)
     for steps in STEPS:
         yield row("recognition", f"DDIM {steps}", *recognition(painter, gallery, characters[: 2 * few], steps=steps))
-    found = recognition(painter, gallery, characters[:few], steps=1000, scheduler="ddpm")
+    found = recognition(painter, gallery, characters[:few], steps=1000, scheduler=every_step(sd))
     yield row("recognition", "DDPM 1000", *found)
     decibels, likeness = autoencoder(sd.vae, studio, 10 * few)
     unseen = f"{10 * few} unseen compositions"

@@ -6,7 +6,9 @@ The measure is Pearson's correlation of the colours, so 1 is the very emoji and 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from emoji_data import EMOJI, GROUNDS, Figure, Scene, Studio
@@ -20,30 +22,57 @@ FEW = 0.02  # a row or column with fewer figure pixels than this share of the si
 class Gallery:
     """Every kept emoji as a thumbnail."""
 
-    def __init__(self, studio: Studio, size: int) -> None:
-        scenes = [Scene(figures=(Figure(character=c, height=0.84, x=0.5, y=0.5),), ground="white") for c in EMOJI]
-        self.characters = list(EMOJI)
-        self.thumbnails = np.stack([thumbnail(studio.paint(scene, size)) for scene in scenes])
+    def __init__(self, figures: Sequence[Image.Image]) -> None:
+        """`figures` of 32 x 32 pixels on white, in the order of EMOJI."""
+        self.thumbnails = np.stack([normalised(figure) for figure in figures])
+
+    @classmethod
+    def paint(cls, studio: Studio, size: int) -> Gallery:
+        """The gallery of a font."""
+        return cls(paint_figures(studio, size))
+
+    @classmethod
+    def read(cls, sheet: Path) -> Gallery:
+        """A gallery that `save_sheet` wrote: no font needed."""
+        picture = Image.open(sheet).convert("RGB")
+        rows, columns = picture.height // THUMBNAIL, picture.width // THUMBNAIL
+        corners = [(THUMBNAIL * column, THUMBNAIL * row) for row in range(rows) for column in range(columns)]
+        return cls([picture.crop((x, y, x + THUMBNAIL, y + THUMBNAIL)) for x, y in corners[: len(EMOJI)]])
 
     def ranking(self, picture: Image.Image) -> list[str]:
         """All emoji, the most similar first."""
-        order = np.argsort(-(self.thumbnails @ thumbnail(picture)))
-        return [self.characters[i] for i in order]
+        order = np.argsort(-(self.thumbnails @ normalised(figure_of(picture))))
+        return [list(EMOJI)[i] for i in order]
 
 
-def thumbnail(picture: Image.Image) -> np.ndarray:
-    """The figure of a picture on white, as 3072 numbers of mean 0 and length 1."""
+def paint_figures(studio: Studio, size: int) -> list[Image.Image]:
+    """Every emoji cut out of a picture of `size` pixels."""
+    scenes = [Scene(figures=(Figure(character=c, height=0.84, x=0.5, y=0.5),), ground="white") for c in EMOJI]
+    return [figure_of(studio.paint(scene, size)) for scene in scenes]
+
+
+def save_sheet(figures: Sequence[Image.Image], path: Path, columns: int = 16) -> None:
+    """Write figures as one picture, for `Gallery.read`."""
+    sheet = Image.new("RGB", (columns * THUMBNAIL, -(-len(figures) // columns) * THUMBNAIL), "white")
+    for i, figure in enumerate(figures):
+        sheet.paste(figure, (i % columns * THUMBNAIL, i // columns * THUMBNAIL))
+    sheet.save(path, optimize=True)
+
+
+def figure_of(picture: Image.Image) -> Image.Image:
+    """The figure of a picture on white, 32 x 32 pixels."""
     pixels = np.asarray(picture.convert("RGB"), dtype=np.uint8)
     mask = figure_mask(pixels)
-    box = bounding_box(mask)
-    if box is None:
-        return np.zeros(THUMBNAIL * THUMBNAIL * 3)
-    cut = Image.fromarray(np.where(mask[..., None], pixels, 255).astype(np.uint8)).crop(box)
+    cut = Image.fromarray(np.where(mask[..., None], pixels, 255).astype(np.uint8)).crop(bounding_box(mask))
     side = max(cut.size)
     square = Image.new("RGB", (side, side), "white")
     square.paste(cut, ((side - cut.width) // 2, (side - cut.height) // 2))
-    small = square.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
-    values = np.asarray(small, dtype=float).ravel()
+    return square.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+
+
+def normalised(figure: Image.Image) -> np.ndarray:
+    """A figure as 3072 numbers of mean 0 and length 1 (all 0 if it is of one colour)."""
+    values = np.asarray(figure, dtype=float).ravel()
     values -= values.mean()
     return values / (np.linalg.norm(values) or 1.0)
 
@@ -65,12 +94,12 @@ def figure_mask(pixels: np.ndarray) -> np.ndarray:
     return np.abs(pixels.astype(float) - ground_colour(pixels)).max(axis=2) > DIFFERENT
 
 
-def bounding_box(mask: np.ndarray) -> tuple[int, int, int, int] | None:
-    """Left, top, right, bottom of the figure; None if there is none."""
+def bounding_box(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom of the figure; the whole picture if there is none."""
     columns = np.flatnonzero(mask.mean(axis=0) > FEW)
     rows = np.flatnonzero(mask.mean(axis=1) > FEW)
     if not len(columns) or not len(rows):
-        return None
+        return 0, 0, mask.shape[1], mask.shape[0]
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
@@ -87,3 +116,7 @@ def halves(picture: Image.Image) -> Sequence[Image.Image]:
     """Left and right half."""
     middle = picture.width // 2
     return picture.crop((0, 0, middle, picture.height)), picture.crop((middle, 0, picture.width, picture.height))
+
+
+if __name__ == "__main__":
+    save_sheet(paint_figures(Studio(), 128), Path(sys.argv[1]))
