@@ -1,0 +1,260 @@
+"""A pipeline as a thing: made of parts, read from files, written to files, moved between devices.
+
+What a pipeline does with a prompt is in `pipelines.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from tqdm import tqdm
+
+from minisd.checkpoint.building import build, read_tokenizer, usable_device
+from minisd.checkpoint.reading import Checkpoint, open_checkpoint
+from minisd.checkpoint.textfiles import read_json_object, write_whole
+from minisd.diffusers.images import VaeImageProcessor
+from minisd.diffusers.loading import NEUTRAL, Source, check_is_variant, check_variant, chosen_dtype
+from minisd.diffusers.models import SCHEDULERS, AutoencoderKL, SavesMemory, UncoveredScheduler, UNet2DConditionModel
+from minisd.diffusers.refusing import NotCoveredError, accept, missing, parameters
+from minisd.diffusers.text import CLIPTextModel, CLIPTokenizer
+from minisd.pipeline import StableDiffusion
+from minisd.schedulers import Scheduler, SchedulerConfig
+
+if TYPE_CHECKING:
+    from typing import Self
+
+PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
+ABSENT = ("safety_checker", "feature_extractor", "image_encoder")  # diffusers has them; here they are None
+NETWORKS: dict[str, type[UNet2DConditionModel | AutoencoderKL | CLIPTextModel]] = {
+    "unet": UNet2DConditionModel,
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModel,
+}
+NO_EXTRAS: dict[str, tuple[Any, ...]] = {**dict.fromkeys(ABSENT, (None,)), "requires_safety_checker": (True, False)}
+
+
+class Assembly(SavesMemory):
+    """The parts of Stable Diffusion, together. Base of the three pipelines."""
+
+    # diffusers corrects these settings of any scheduler that a pipeline is made with (not of one assigned later).
+    _corrections: ClassVar[dict[str, Any]] = {"steps_offset": 1, "clip_sample": False}
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        unet: UNet2DConditionModel,
+        scheduler: Any,
+        **extras: Any,
+    ) -> None:
+        """From its parts. Raises NotCoveredError for a safety checker, and for a part that is None."""
+        call = type(self).__name__
+        accept(call, extras, NO_EXTRAS, parameters(self.__init__))  # type: ignore[misc]
+        self.vae, self.text_encoder, self.tokenizer = vae, text_encoder, tokenizer
+        self.unet, self.scheduler = unet, scheduler
+        self.feature_extractor = self.image_encoder = None
+        for name in PARTS:
+            if getattr(self, name) is None:
+                raise NotCoveredError(f"{call}: {name}=None is not covered by minisd.diffusers: all parts are needed")
+        correct(scheduler, self._corrections)
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self._progress_bar_config: dict[str, Any] = {}
+
+    # ------------------------------------------------ files
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Source,
+        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        variant: str | None = None,
+        **others: Any,
+    ) -> Self:
+        """The pipeline in a folder or hub repository (or "emoji", minisd's small model), float32 unless asked.
+
+        `variant`: "fp16", "non_ema". `vae`, `unet`, `text_encoder`, `tokenizer`, `scheduler` replace the folder's.
+        Raises NotCoveredError for other arguments, CheckpointError for files that cannot be used.
+        """
+        call = f"{cls.__name__}.from_pretrained"
+        given = {name: others.pop(name) for name in PARTS if name in others}
+        accept(call, others, NEUTRAL | NO_EXTRAS, [*parameters(cls.from_pretrained), *PARTS])
+        check_variant(call, variant)
+        number = chosen_dtype(call, dtype, torch_dtype, torch.float32)
+        half = torch.float16 if variant == "fp16" else torch.float32
+        weights = "raw" if variant == "non_ema" else "auto"
+        checkpoint = open_checkpoint(pretrained_model_name_or_path, dtype=half, weights=weights)
+        if not checkpoint.path.is_dir():
+            raise NotCoveredError(f"{call}: {checkpoint.path} is one file: use from_single_file")
+        for component in checkpoint.components.values():
+            check_is_variant(component.files, variant)
+        if "safety_checker" not in others:
+            note_safety_checker(checkpoint.path)
+        return cls(**{"scheduler": folder_scheduler(checkpoint.path), **loaded(checkpoint, number, given), **given})
+
+    @classmethod
+    def from_single_file(
+        cls,
+        pretrained_model_link_or_path: Source,
+        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        config: Source | None = None,
+        **others: Any,
+    ) -> Self:
+        """The pipeline in one `.safetensors` file; `config` is a folder whose scheduler and tokenizer to take.
+
+        Without it, a file that minisd did not save stands for SD 1.5, whose scheduler is PNDM: assign another one.
+        """
+        call = f"{cls.__name__}.from_single_file"
+        given = {name: others.pop(name) for name in PARTS if name in others}
+        neutral = {"original_config": (None,), "original_config_file": (None,), "load_safety_checker": (None, False)}
+        accept(call, others, NEUTRAL | NO_EXTRAS | neutral, [*parameters(cls.from_single_file), *PARTS])
+        number = chosen_dtype(call, dtype, torch_dtype, torch.float32)
+        if "://" in os.fspath(pretrained_model_link_or_path):
+            raise NotCoveredError(f"{call}: addresses are not covered by minisd.diffusers: give a file on this machine")
+        checkpoint = open_checkpoint(pretrained_model_link_or_path, dtype=torch.float32)
+        if config is None:
+            ours = "minisd.config" in checkpoint.components["unet"].files.metadata
+            scheduler = make_scheduler("DDIMScheduler" if ours else "PNDMScheduler", checkpoint.scheduler)
+        else:
+            scheduler = folder_scheduler(Path(os.path.expanduser(config)))
+            given.setdefault("tokenizer", CLIPTokenizer.from_pretrained(config, subfolder="tokenizer"))
+        return cls(**{"scheduler": scheduler, **loaded(checkpoint, number, given), **given})
+
+    @classmethod
+    def from_pipe(cls, pipeline: Assembly, **parts: Any) -> Self:
+        """This pipeline with another's parts, which are shared, not copied; `parts` replace some."""
+        return cls(**{**pipeline.components, **parts})
+
+    def save_pretrained(self, save_directory: Source, **others: Any) -> None:
+        """Write a folder that diffusers loads too. Raises FileExistsError where something else is in the way."""
+        neutral = {"safe_serialization": (True,), "variant": (None,), "push_to_hub": (False,)}
+        accept(f"{type(self).__name__}.save_pretrained", others, neutral, ["save_directory"])
+        name = self.scheduler.name if isinstance(self.scheduler, UncoveredScheduler) else type(self.scheduler).__name__
+        core = StableDiffusion(
+            self.text_encoder.core,
+            self.unet.core,
+            self.vae.core,
+            self.tokenizer.core,
+            scheduler={**self.scheduler.config, "_class_name": name},
+        )
+        core.save(save_directory)
+        index = Path(os.path.expanduser(save_directory), "model_index.json")
+        kinds = {"_class_name": type(self).__name__, "scheduler": ["diffusers", name]}
+        write_whole(index, json.dumps(read_json_object(index) | kinds, indent=2).encode())
+
+    # ------------------------------------------------ parts
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The parts by name, and None for what diffusers' pipelines may have besides."""
+        return {name: getattr(self, name) for name in (*PARTS, *ABSENT)}
+
+    @property
+    def safety_checker(self) -> None:
+        return None
+
+    @safety_checker.setter
+    def safety_checker(self, value: Any) -> None:
+        accept(type(self).__name__, {"safety_checker": value}, NO_EXTRAS, [])
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move the networks to a device, a dtype, or both, as `torch.nn.Module.to`; returns the pipeline."""
+        for name in NETWORKS:
+            getattr(self, name).to(*args, **kwargs)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    _execution_device = device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.dtype
+
+    def enable_vae_slicing(self) -> None:
+        self.vae.enable_slicing()
+
+    def disable_vae_slicing(self) -> None:
+        self.vae.disable_slicing()
+
+    def enable_vae_tiling(self) -> None:
+        self.vae.enable_tiling()
+
+    def disable_vae_tiling(self) -> None:
+        self.vae.disable_tiling()
+
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: str | torch.device = "cuda") -> None:
+        """Move the networks to the accelerator, where diffusers would run them one by one; here they stay there."""
+        self.to(usable_device(device if gpu_id is None else f"{torch.device(device).type}:{gpu_id}"))
+
+    enable_sequential_cpu_offload = enable_model_cpu_offload
+
+    def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> Any:
+        """A tqdm bar, with what `set_progress_bar_config` said."""
+        return tqdm(iterable, total=total, **self._progress_bar_config)
+
+    def set_progress_bar_config(self, **kwargs: Any) -> None:
+        """tqdm's arguments: `disable=True`, `leave=False`, ..."""
+        self._progress_bar_config = kwargs
+
+    def __getattr__(self, name: str) -> Any:
+        raise missing(self, name)
+
+
+def loaded(checkpoint: Checkpoint, dtype: torch.dtype | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The networks and the tokenizer of a checkpoint, but for those `given`."""
+    for note in checkpoint.notes:
+        warnings.warn(note, stacklevel=3)
+    parts: dict[str, Any] = {
+        name: kind(build(kind.kind, checkpoint.components[name], dtype, torch.device("cpu")))
+        for name, kind in NETWORKS.items()
+        if name not in given
+    }
+    if "tokenizer" not in given:
+        parts["tokenizer"] = CLIPTokenizer(read_tokenizer(checkpoint, None))
+    return parts
+
+
+def make_scheduler(name: str, config: Mapping[str, Any]) -> Scheduler | UncoveredScheduler:
+    """The scheduler that a folder names, or something that stands in its place until a program assigns another."""
+    if name in SCHEDULERS:
+        return SCHEDULERS[name].from_config(config)
+    return UncoveredScheduler(name, {key: value for key, value in config.items() if not key.startswith("_")})
+
+
+def folder_scheduler(folder: Path) -> Scheduler | UncoveredScheduler:
+    """Of the two files that name it, model_index.json decides in diffusers."""
+    config = read_json_object(folder / "scheduler" / "scheduler_config.json")
+    index = folder / "model_index.json"
+    entry = read_json_object(index).get("scheduler") if index.exists() else None
+    name = entry[1] if isinstance(entry, list) and len(entry) == 2 else config.get("_class_name")
+    return make_scheduler(str(name), config)
+
+
+def note_safety_checker(folder: Path) -> None:
+    """Lest anybody thinks that pictures are checked here."""
+    index = folder / "model_index.json"
+    entry = read_json_object(index).get("safety_checker") if index.exists() else None
+    if isinstance(entry, list) and any(entry):
+        warnings.warn(f"{folder}: its safety checker is not covered by minisd.diffusers and not used", stacklevel=3)
+
+
+def correct(scheduler: Any, corrections: Mapping[str, Any]) -> None:
+    """Set what diffusers sets on a pipeline's scheduler, where it says otherwise; a scheduler of other make stays."""
+    wrong = {key: value for key, value in corrections.items() if scheduler.config.get(key, value) != value}
+    if isinstance(scheduler, UncoveredScheduler):
+        scheduler.config = SchedulerConfig({**scheduler.config, **wrong})
+    elif isinstance(scheduler, Scheduler):
+        for key, value in wrong.items():
+            setattr(scheduler, key, value)

@@ -1,0 +1,98 @@
+"""`from_pretrained`: its arguments in diffusers' names -> files, through `minisd.checkpoint`."""
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minisd.checkpoint import configs, reading
+from minisd.checkpoint.errors import CheckpointError
+from minisd.checkpoint.layouts import Problems, namings
+from minisd.checkpoint.sources import SD15_REPOSITORY, resolve, why_not_fetched
+from minisd.checkpoint.textfiles import read_json_object
+from minisd.diffusers.refusing import NotCoveredError, shortened
+
+# Arguments of every from_pretrained that change nothing here, and the values at which they do not.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "revision": (None, "main"),
+    "use_safetensors": (None, True),
+    "low_cpu_mem_usage": (None, True, False),
+    "local_files_only": (None, False),
+    "force_download": (None, False),
+    "cache_dir": (None,),
+    "token": (None,),
+    "device_map": (None,),
+}
+Source = str | os.PathLike[str]
+
+
+def chosen_dtype(call: str, dtype: Any, torch_dtype: Any, default: torch.dtype | None) -> torch.dtype | None:
+    """The dtype asked for under either of its two names. Raises NotCoveredError for "auto" and other texts."""
+    asked = torch_dtype if dtype is None else dtype
+    if asked is not None and not (isinstance(asked, torch.dtype) and asked.is_floating_point):
+        raise NotCoveredError(
+            f"{call}: torch_dtype={shortened(asked)} is not covered by minisd.diffusers, which takes a floating-point "
+            "torch.dtype"
+        )
+    return default if asked is None else asked
+
+
+def check_variant(call: str, variant: str | None) -> None:
+    if variant not in (None, "fp16", "non_ema"):
+        raise NotCoveredError(
+            f"{call}: variant={variant!r} is not covered by minisd.diffusers, which takes 'fp16' and 'non_ema'"
+        )
+
+
+def check_is_variant(files: reading.Files, variant: str | None) -> None:
+    """minisd takes the nearest file that there is; whoever names a variant means that one."""
+    names = {files.path.name, *(path.name for path in files.location.values())}
+    if variant is not None and not any(f".{variant}." in name or f".{variant}-" in name for name in names):
+        raise CheckpointError(f"{files.path.parent}: has no {variant} variant")
+
+
+def open_part(source: Source, component: str, subfolder: str | None, variant: str | None) -> reading.Component:
+    """One network's folder, understood but not yet read. Raises CheckpointError or FileNotFoundError."""
+    weights = "raw" if variant == "non_ema" else "auto"
+    half = variant == "fp16"
+    folder = resolve(source, half=half, weights=weights, component=component) / (subfolder or "")
+    config = read_json_object(folder / "config.json")
+    if component == "text_encoder" and isinstance(config.get("text_config"), dict):
+        part = text_half(folder, config["text_config"], half=half)
+    else:
+        notes: list[str] = []
+        part = reading.open_component(folder, component, half=half, weights=weights, notes=notes)
+        for note in notes:
+            warnings.warn(note, stacklevel=4)
+    check_is_variant(part.files, variant)
+    return part
+
+
+def text_half(folder: Path, config: dict[str, Any], *, half: bool) -> reading.Component:
+    """The text encoder in a folder of the whole of CLIP, which sees pictures too."""
+    known = {name: config[name] for name in config if name in configs.TEXT_ENCODER.used | configs.TEXT_ENCODER.neutral}
+    settings = configs.read_text_encoder(known, str(folder / "config.json"), [])
+    files = reading.open_component_folder(folder, "text_encoder", half=half, weights="auto")
+    found = namings("text_encoder", files.tensors).get("raw")
+    if found is None:
+        raise CheckpointError(f"{files.path}: does not hold a text encoder")
+    problems = Problems()
+    part = reading.fit("text_encoder", settings, files, found, problems)
+    problems.raise_for(str(files.path))
+    return part
+
+
+def folder_of_texts(source: Source, subfolder: str | None) -> Path:
+    """The folder of a scheduler or a tokenizer, fetched without the weights beside it if it is on the hub."""
+    name = SD15_REPOSITORY if source == "sd15" else os.fspath(source)
+    if name == "emoji" or os.path.lexists(os.path.expanduser(name)) or name.count("/") != 1:
+        return resolve(name) / (subfolder or "")
+    from huggingface_hub import snapshot_download
+
+    patterns = [f"{subfolder}/*"] if subfolder else ["*.json", "*.txt"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns)) / (subfolder or "")
+    except Exception as error:  # the hub's, the HTTP library's, the disk's
+        raise CheckpointError(f"{name}: {why_not_fetched(error)}") from None

@@ -1,0 +1,278 @@
+"""transformers' two classes, as programs over diffusers use them: CLIPTextModel and CLIPTokenizer.
+
+Both hold minisd's own and translate. Next: `pipelines.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from minisd import tokenizer
+from minisd.diffusers.loading import NEUTRAL, Source, folder_of_texts
+from minisd.diffusers.models import Network, Output, output
+from minisd.diffusers.refusing import NotCoveredError, accept, missing, parameters
+from minisd.text_encoder import TextEncoder, TextLayer
+
+if TYPE_CHECKING:
+    from typing import Self
+
+
+class Embeddings(nn.Module):
+    """Where ids become vectors: `minisd.text_encoder`'s two tables, under transformers' names."""
+
+    position_ids: Tensor
+
+    def __init__(self, core: TextEncoder) -> None:
+        super().__init__()
+        self.token_embedding, self.position_embedding = core.token_embedding, core.position_embedding
+        positions = torch.arange(core.config.context_length)[None]  # (1, 77)
+        self.register_buffer("position_ids", positions, persistent=False)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """Ids (B, T), or vectors in their place (B, T, D) -> vectors with positions (B, T, D)."""
+        if inputs_embeds is None:
+            inputs_embeds = self.token_embedding(input_ids)
+        length, longest = inputs_embeds.shape[-2], self.position_ids.shape[-1]
+        if length > longest:
+            raise ValueError(f"{length} tokens: this text encoder takes at most {longest}")
+        positions = self.position_ids[:, :length] if position_ids is None else position_ids
+        return inputs_embeds + self.position_embedding(positions)
+
+
+class Encoder(nn.Module):
+    """`minisd.text_encoder`'s layers, for programs that bring vectors of their own."""
+
+    def __init__(self, layers: Iterable[TextLayer]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None = None,
+        causal_attention_mask: Tensor | None = None,
+        output_hidden_states: bool | None = False,
+        return_dict: bool | None = True,
+        **others: Any,
+    ) -> Any:
+        """(B, T, D) -> `.last_hidden_state` (B, T, D), before the final norm; `.hidden_states` if asked for.
+
+        Attention is causal always: a `causal_attention_mask` is checked to say so, and not needed.
+        """
+        accept("encoder", others, {"is_causal": (True,), "output_attentions": (None, False)}, parameters(self.forward))
+        check_mask(attention_mask)
+        check_causal(causal_attention_mask)
+        states = [inputs_embeds]
+        for layer in self.layers:
+            states.append(layer(states[-1]))
+        extra = {"hidden_states": tuple(states)} if output_hidden_states else {}
+        return output(return_dict, last_hidden_state=states[-1], **extra)
+
+
+def check_mask(mask: Tensor | None) -> None:
+    """Raises NotCoveredError for a mask that hides anything: Stable Diffusion was trained to see the padding too."""
+    if mask is not None and not bool(torch.as_tensor(mask).all()):
+        raise NotCoveredError("attention_mask: masks that hide tokens are not covered by minisd.diffusers; give none")
+
+
+def check_causal(mask: Tensor | None) -> None:
+    """Raises NotCoveredError for a mask (..., T, T) that does not hide just what comes later."""
+    if mask is not None and not torch.equal(mask < 0, torch.ones_like(mask, dtype=torch.bool).triu(1)):
+        raise NotCoveredError("causal_attention_mask: masks that are not causal are not covered by minisd.diffusers")
+
+
+class CLIPTextModel(Network):
+    """`minisd.text_encoder.TextEncoder`, in the pieces that transformers' model has."""
+
+    component, kind = "text_encoder", TextEncoder
+    default_dtype = None  # as transformers has it since its version 5
+
+    def hold(self, core: TextEncoder) -> None:
+        self.__dict__["_core"] = core
+        self.embeddings, self.encoder = Embeddings(core), Encoder(core.layers)  # type: ignore[arg-type]
+        self.final_layer_norm = core.final_norm
+
+    @property
+    def core(self) -> TextEncoder:
+        """minisd's encoder with the pieces that are here now, whatever a program has put in the place of the first.
+
+        It is no submodule: the pieces are, and would be listed twice.
+        """
+        core: TextEncoder = self.__dict__["_core"]
+        core.token_embedding, core.position_embedding = (
+            self.embeddings.token_embedding,
+            self.embeddings.position_embedding,
+        )
+        core.layers, core.final_norm = self.encoder.layers, self.final_layer_norm
+        return core
+
+    @property
+    def text_model(self) -> CLIPTextModel:
+        """Before its version 5.6 transformers had the pieces in here."""
+        return self
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        output_hidden_states: bool | None = False,
+        return_dict: bool | None = True,
+        **others: Any,
+    ) -> Any:
+        """Ids (B, T) -> `.last_hidden_state` (B, T, D), `.pooler_output` (B, D): the end token's vector.
+
+        With `output_hidden_states` also `.hidden_states`: before the first layer, and after each, without final norm.
+        """
+        accept("CLIPTextModel", others, {"output_attentions": (None, False)}, parameters(self.forward))
+        ids = input_ids.view(-1, input_ids.shape[-1])
+        encoded = self.encoder(self.embeddings(ids, position_ids), attention_mask, output_hidden_states=True)
+        last = self.final_layer_norm(encoded.last_hidden_state)
+        ends = ids.argmax(dim=-1)  # the end token's id is the largest
+        pooled = last[torch.arange(len(ids), device=last.device), ends]
+        extra = {"hidden_states": encoded.hidden_states} if output_hidden_states else {}
+        return output(return_dict, last_hidden_state=last, pooler_output=pooled, **extra)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.token_embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings.token_embedding = value  # type: ignore[assignment]
+
+    def _build_causal_attention_mask(self, batch: int, length: int, dtype: torch.dtype) -> Tensor:
+        """(B, 1, T, T), the lowest number where a token must not look: transformers' own, before its version 4.28."""
+        return torch.full((batch, 1, length, length), torch.finfo(dtype).min, dtype=dtype).triu(1)
+
+
+class CLIPTokenizer:
+    """`minisd.tokenizer.CLIPTokenizer`, and the answers that transformers' gives."""
+
+    IDLE: ClassVar[dict[str, tuple[Any, ...]]] = {"add_special_tokens": (True,), "return_attention_mask": (None, True)}
+    CHOICES: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "padding": (True, False, "longest", "max_length"),
+        "truncation": (True, False, None),
+        "return_tensors": (None, "pt"),
+    }
+
+    def __init__(self, core: tokenizer.CLIPTokenizer) -> None:
+        if not isinstance(core, tokenizer.CLIPTokenizer):
+            raise NotCoveredError("CLIPTokenizer(...) is not covered by minisd.diffusers: use from_pretrained")
+        self.core = core
+        self.model_max_length = core.context_length
+        self.bos_token, self.eos_token, self.unk_token = tokenizer.START, tokenizer.END, tokenizer.END
+        self.pad_token = core.pad_token
+        self.bos_token_id, self.eos_token_id = core.vocabulary[self.bos_token], core.vocabulary[self.eos_token]
+        self.pad_token_id = core.vocabulary[self.pad_token]
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Source, subfolder: str | None = None, **others: Any
+    ) -> Self:
+        """The tokenizer in a folder or hub repository, or in its `subfolder`. Raises CheckpointError."""
+        accept("CLIPTokenizer.from_pretrained", others, NEUTRAL, parameters(cls.from_pretrained))
+        return cls(tokenizer.CLIPTokenizer.from_folder(folder_of_texts(pretrained_model_name_or_path, subfolder)))
+
+    def __call__(
+        self,
+        text: str | list[str],
+        padding: bool | str = False,
+        max_length: int | None = None,
+        truncation: bool | None = False,
+        return_tensors: str | None = None,
+        **others: Any,
+    ) -> Output:
+        """One text or a list -> `.input_ids` and `.attention_mask`: lists, or (B, T) int64 for `return_tensors="pt"`.
+
+        `padding`: "max_length", "longest" or True, False. `max_length`: default the model's 77. Raises
+        NotCoveredError for other values.
+        """
+        accept("tokenizer", others, self.IDLE, parameters(self.__call__))
+        choices = {"padding": padding, "truncation": truncation, "return_tensors": return_tensors}
+        accept("tokenizer", choices, self.CHOICES, [])
+        length = self.model_max_length if max_length is None else max_length
+        rows = [self.encode(one, length if truncation else None) for one in ([text] if isinstance(text, str) else text)]
+        width = {"max_length": length, False: 0}.get(padding, max(map(len, rows), default=0))
+        ids = [row + [self.pad_token_id] * (width - len(row)) for row in rows]
+        mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
+        if return_tensors == "pt":
+            return Output(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask))
+        alone = isinstance(text, str)
+        return Output(input_ids=ids[0] if alone else ids, attention_mask=mask[0] if alone else mask)
+
+    def encode(self, text: str, max_length: int | None = None) -> list[int]:
+        """The ids of one text, start and end included; cut to `max_length`, the end kept."""
+        ids = [self.core.vocabulary[token] for token in self._endless.tokens(text)]
+        if len(ids) == self._endless.context_length:
+            raise NotCoveredError(
+                f"tokenizer: texts of {len(ids):,} tokens and more are not covered by minisd.diffusers"
+            )
+        return ids if max_length is None or len(ids) <= max_length else [*ids[: max_length - 1], self.eos_token_id]
+
+    @cached_property
+    def _endless(self) -> tokenizer.CLIPTokenizer:
+        """The same tokenizer for texts of any length, or almost: programs ask what a limit cuts off."""
+        core = self.core
+        return tokenizer.CLIPTokenizer(core.vocabulary, core.merges, pad_token=core.pad_token, context_length=4096)
+
+    def tokenize(self, text: str) -> list[str]:
+        """The tokens of one text as they read, without start and end; "</w>" ends a word."""
+        return self.convert_ids_to_tokens(self.encode(text)[1:-1])
+
+    def decode(self, token_ids: Any, skip_special_tokens: bool = False) -> str:
+        """Ids, or one id -> text: bytes joined again, a space after each word."""
+        ids = token_ids.tolist() if isinstance(token_ids, Tensor) else token_ids
+        tokens = self.convert_ids_to_tokens([ids] if isinstance(ids, int) else ids)
+        return joined([token for token in tokens if not (skip_special_tokens and token in self._special)])
+
+    def batch_decode(self, sequences: Iterable[Any], skip_special_tokens: bool = False) -> list[str]:
+        return [self.decode(ids, skip_special_tokens) for ids in sequences]
+
+    @property
+    def _special(self) -> set[str]:
+        return {self.bos_token, self.eos_token, self.pad_token}
+
+    @cached_property
+    def _token_of(self) -> dict[int, str]:
+        return {index: token for token, index in self.core.vocabulary.items()}
+
+    def convert_ids_to_tokens(self, ids: Any) -> Any:
+        """One id -> its token; several -> a list."""
+        return self._token_of[ids] if isinstance(ids, int) else [self._token_of[int(index)] for index in ids]
+
+    def convert_tokens_to_ids(self, tokens: Any) -> Any:
+        """One token -> its id; several -> a list. An unknown one has the end token's."""
+        if isinstance(tokens, str):
+            return self.core.vocabulary.get(tokens, self.eos_token_id)
+        return [self.convert_tokens_to_ids(token) for token in tokens]
+
+    def get_vocab(self) -> dict[str, int]:
+        return dict(self.core.vocabulary)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.core.vocabulary)
+
+    def __len__(self) -> int:
+        return self.vocab_size
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise missing(self, name)
+
+
+def joined(tokens: list[str]) -> str:
+    """Tokens -> text. Each of their signs stands for one byte; "</w>" is a space, but not at the end of all."""
+    symbols = tokenizer.byte_symbols()
+    unprintable = [byte for byte in range(256) if chr(byte) not in symbols]
+    byte_of = {symbol: ord(symbol) if ord(symbol) < 256 else unprintable[ord(symbol) - 256] for symbol in symbols}
+    text = bytes(byte_of[symbol] for token in tokens for symbol in token).decode("utf-8", errors="replace")
+    return text.replace("</w>", " ").strip()
