@@ -1,4 +1,4 @@
-"""What `minisd generate` does: load, paint, write. The painting itself is `pipeline.py`."""
+"""What `minisd generate` does: load, paint, write. The painting itself is `pipeline.py`. Other commands build on it."""
 
 import io
 import json
@@ -10,8 +10,10 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 import torch
@@ -20,7 +22,10 @@ from tqdm import tqdm
 
 import minisd
 from minisd.checkpoint.textfiles import write_whole
-from minisd.pipeline import StableDiffusion, to_pictures
+from minisd.pipeline import StableDiffusion, Step, to_pictures
+from minisd.tasks.pictures import fitting_size
+
+SomeStep = TypeVar("SomeStep", bound=Step)
 
 
 @dataclass
@@ -39,6 +44,7 @@ class Settings:
     width: int
     height: int
     model: str
+    extra: dict[str, Any] = field(default_factory=dict)  # what a task adds
 
     def parameters(self, seed: int) -> str:
         """The `parameters` text that other programs read out of a PNG."""
@@ -51,6 +57,7 @@ class Settings:
             "Clip skip": self.clip_skip + 1 if self.clip_skip else None,  # others count the layers from 1
             "Seed": seed,
             "Size": f"{self.width}x{self.height}",
+            **{name.replace("_", " ").capitalize(): quoted(str(value)) for name, value in self.extra.items()},
             "Model": quoted(self.model),
             "Version": f"minisd {minisd.__version__}",
         }
@@ -76,7 +83,13 @@ class Paths:
         return self.output if len(self.images) > 1 else None
 
 
-def run(
+def run(**options: Any) -> None:
+    """Paint and write (see `minisd generate --help`)."""
+    job = prepare(**options)
+    job.write(job.paint(job.sd.denoise(job.settings.prompt, **job.denoising())))
+
+
+def prepare(
     *,
     prompt: str,
     output: str | None,
@@ -84,22 +97,27 @@ def run(
     vae: str | None,
     weights: str,
     negative: str,
-    seed: int | None,
     steps: int | None,
     guidance: float | None,
     guidance_rescale: float,
     size: tuple[int, int] | None,
-    scheduler: str,
-    eta: float,
-    images: int,
     clip_skip: int,
     device: str,
     dtype: str,
-    steps_dir: str | None,
     as_json: bool,
     quiet: bool,
-) -> None:
-    """Paint and write (see `minisd generate --help`). Everything is checked before anything is written."""
+    seed: int | None = None,
+    scheduler: str = "ddim",
+    eta: float = 0.0,
+    images: int = 1,
+    steps_dir: str | None = None,
+    picture: Image.Image | None = None,
+    **extra: Any,
+) -> "Job":
+    """Load the model and settle every setting; everything is checked before anything is written.
+
+    The size is the one asked for, or that of `picture`, or the model's. `extra`: what a task has in its settings.
+    """
     started = time.perf_counter()
     if eta and scheduler == "ddpm":
         raise ValueError("eta is an option of ddim; ddpm is always as random as eta 1")
@@ -108,7 +126,8 @@ def run(
     if steps_dir is not None:
         check_folder(Path(steps_dir))
     sd = load(model, vae, weights, device, dtype)
-    height, width = sd.latent_size(*reversed(size)) if size else sd.latent_size(None, None)
+    height, width = reversed(size) if size else fitting_size(sd, picture) if picture else (None, None)
+    height, width = sd.latent_size(height, width)
     factor = sd.vae.config.downsampling
     settings = Settings(
         prompt=prompt,
@@ -123,15 +142,83 @@ def run(
         width=width * factor,
         height=height * factor,
         model=model,
+        extra=extra,
     )
-    pictures = paint(sd, settings, images, Path(steps_dir) if steps_dir else None, quiet)
-    if seed is None:
-        print(f"seed {drawn}", file=sys.stderr)
-    for offset, (path, picture) in enumerate(zip(paths.images, pictures, strict=True)):
-        write_png(path, picture, settings.parameters(drawn + offset))
-    if paths.grid:
-        write_png(paths.grid, make_grid(pictures), settings.parameters(drawn))
-    report(paths, settings, time.perf_counter() - started, as_json)
+    folder = Path(steps_dir) if steps_dir else None
+    return Job(sd, settings, paths, images, folder, quiet, as_json, started, drawn=seed is None)
+
+
+@dataclass
+class Job:
+    """A command at work: the model, what to paint, and where it goes."""
+
+    sd: StableDiffusion
+    settings: Settings
+    paths: Paths
+    images: int
+    steps_dir: Path | None
+    quiet: bool
+    as_json: bool
+    started: float
+    drawn: bool  # nobody gave a seed: say which it was
+
+    def denoising(self) -> dict[str, Any]:
+        """The settings as `denoise` and the tasks take them. Each picture has a seed of its own: seed, seed + 1, ..."""
+        settings = self.settings
+        return {
+            "negative_prompt": settings.negative,
+            "steps": settings.steps,
+            "guidance_scale": settings.guidance,
+            "guidance_rescale": settings.guidance_rescale,
+            "height": settings.height,
+            "width": settings.width,
+            "generator": [torch.Generator().manual_seed(settings.seed + offset) for offset in range(self.images)],
+            "scheduler": settings.scheduler,
+            "eta": settings.eta,
+            "images_per_prompt": self.images,
+            "clip_skip": settings.clip_skip,
+        }
+
+    def progress(self, steps: Iterable[SomeStep], total: int | None = None) -> Iterator[SomeStep]:
+        """The same steps, under a progress bar."""
+        total = self.settings.steps if total is None else total
+        yield from tqdm(steps, total=total, unit="step", leave=False, disable=True if self.quiet else None)
+
+    @torch.no_grad()
+    def paint(self, denoising: Iterable[Step], steps: int | None = None) -> list[Image.Image]:
+        """Run a sampling loop of `steps` steps under a progress bar, and decode where it ends."""
+        for step in self.progress(denoising, steps):
+            if self.steps_dir is not None:
+                self.steps_dir.mkdir(exist_ok=True)
+                foreseen = make_grid(to_pictures(self.sd.decode(step.x0)))
+                name = f"step-{step.index + 1:03}-t{step.timestep:03}.png"
+                write_png(self.steps_dir / name, foreseen, self.settings.parameters(self.settings.seed))
+        return to_pictures(self.sd.decode(step.latents))
+
+    def write(
+        self,
+        pictures: list[Image.Image],
+        together: Callable[[list[Image.Image]], Image.Image] | None = None,
+        last: Path | None = None,
+        **found: Any,
+    ) -> None:
+        """Write the pictures, and all of them in one (a grid), and say so.
+
+        `last`: a file that is written already, to be named last; `found`: what else JSON should tell.
+        """
+        settings, paths = self.settings, self.paths
+        if self.drawn:
+            print(f"seed {settings.seed}", file=sys.stderr)
+        for offset, (path, picture) in enumerate(zip(paths.images, pictures, strict=True)):
+            write_png(path, picture, settings.parameters(settings.seed + offset))
+        if paths.grid:
+            write_png(paths.grid, (together or make_grid)(pictures), settings.parameters(settings.seed))
+        files = {"images": [str(path) for path in paths.images], "grid": str(paths.grid) if paths.grid else None}
+        told = {key: value for key, value in vars(settings).items() if key != "extra"} | settings.extra
+        written = [*paths.images, *([paths.grid] if paths.grid else []), *([last] if last else [])]
+        report(
+            written, {**files, **told, **found, "seconds": round(time.perf_counter() - self.started, 2)}, self.as_json
+        )
 
 
 def load(model: str, vae: str | None, weights: str, device: str, dtype: str) -> StableDiffusion:
@@ -149,44 +236,12 @@ def load(model: str, vae: str | None, weights: str, device: str, dtype: str) -> 
     return sd
 
 
-@torch.no_grad()
-def paint(
-    sd: StableDiffusion, settings: Settings, images: int, steps_dir: Path | None, quiet: bool
-) -> list[Image.Image]:
-    """Run the sampling loop under a progress bar. Each picture has a seed of its own: seed, seed + 1, ..."""
-    denoising = sd.denoise(
-        settings.prompt,
-        negative_prompt=settings.negative,
-        steps=settings.steps,
-        guidance_scale=settings.guidance,
-        guidance_rescale=settings.guidance_rescale,
-        height=settings.height,
-        width=settings.width,
-        generator=[torch.Generator().manual_seed(settings.seed + offset) for offset in range(images)],
-        scheduler=settings.scheduler,
-        eta=settings.eta,
-        images_per_prompt=images,
-        clip_skip=settings.clip_skip,
-    )
-    bar = tqdm(denoising, total=settings.steps, unit="step", leave=False, disable=True if quiet else None)
-    for step in bar:
-        if steps_dir is not None:
-            steps_dir.mkdir(exist_ok=True)
-            foreseen = make_grid(to_pictures(sd.decode(step.x0)))
-            name = f"step-{step.index + 1:03}-t{step.timestep:03}.png"
-            write_png(steps_dir / name, foreseen, settings.parameters(settings.seed))
-    return to_pictures(sd.decode(step.latents))
-
-
 def plan_paths(output: str | None, prompt: str, seed: int, images: int) -> Paths:
     """Choose the file names, and make sure now that they can be written."""
     if output is None:
         words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-")
         output = f"{words or 'picture'}-{seed}.png"
-    path = Path(os.path.expanduser(output))
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"{path}: the name must end in .png (PNG files carry their settings)")
-    check_folder(path.parent / "x")
+    path = png_path(output)
     digits = len(str(images))
     singles = [path.with_name(f"{path.stem}-{number:0{digits}}.png") for number in range(1, images + 1)]
     paths = Paths(path, singles if images > 1 else [path])
@@ -194,6 +249,17 @@ def plan_paths(output: str | None, prompt: str, seed: int, images: int) -> Paths
         if taken.is_dir():
             raise ValueError(f"{taken}: is a folder; name a file in it")
     return paths
+
+
+def png_path(output: str) -> Path:
+    """The path of a PNG file that can be written. Raises ValueError otherwise."""
+    path = Path(os.path.expanduser(output))
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"{path}: the name must end in .png (PNG files carry their settings)")
+    check_folder(path.parent / "x")
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; name a file in it")
+    return path
 
 
 def check_folder(path: Path) -> None:
@@ -229,13 +295,12 @@ def write_png(path: Path, picture: Image.Image, parameters: str) -> None:
     write_whole(path, data.getvalue())
 
 
-def report(paths: Paths, settings: Settings, seconds: float, as_json: bool) -> None:
+def report(written: list[Path], told: dict[str, Any], as_json: bool) -> None:
     """Say what was written: paths, the main one last; or everything as JSON."""
     if as_json:
-        files = {"images": [str(path) for path in paths.images], "grid": str(paths.grid) if paths.grid else None}
-        print(json.dumps({**files, **vars(settings), "seconds": round(seconds, 2)}))
+        print(json.dumps(told))
         return
-    for path in [*paths.images, *([paths.grid] if paths.grid else [])]:
+    for path in written:
         try:
             print(path)
         except UnicodeEncodeError:  # a path is bytes, and need not be text in the terminal's encoding

@@ -14,7 +14,7 @@ Read on in this order: `tokenizer.py`, `text_encoder.py`, `unet.py`, `schedulers
 import inspect
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ from minisd.checkpoint.writing import Model, save
 from minisd.config import ModelConfig
 from minisd.noise import Generators, draw_noise
 from minisd.schedulers import DDIMScheduler, DDPMScheduler, Scheduler
-from minisd.settings import check_settings, matching_prompts, one_source
+from minisd.settings import check_settings, check_start, matching_prompts, one_source
 from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import CLIPTokenizer
 from minisd.unet import UNet
@@ -38,9 +38,9 @@ from minisd.vae import VAE
 SCHEDULERS: dict[str, type[Scheduler]] = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Step:
-    """One step of the sampling loop."""
+    """One step of the sampling loop. Who reads it may put other `latents` in it: the loop goes on from those."""
 
     index: int  # 0, 1, 2, ...
     timestep: int  # the timestep that the UNet saw: falling, from about 1000 towards 0
@@ -106,7 +106,7 @@ class StableDiffusion:
         )
 
     @torch.no_grad()
-    def text_to_image(self, prompt: str | list[str], **settings: Any) -> list[Image.Image]:
+    def text_to_image(self, prompt: str | list[str] | Tensor, **settings: Any) -> list[Image.Image]:
         """Paint `prompt`. Takes the settings of `denoise`; returns `images_per_prompt` pictures for each prompt."""
         latents = None
         for step in self.denoise(prompt, **settings):
@@ -117,9 +117,9 @@ class StableDiffusion:
     @torch.no_grad()
     def denoise(
         self,
-        prompt: str | list[str],
+        prompt: str | list[str] | Tensor,
         *,
-        negative_prompt: str | list[str] = "",
+        negative_prompt: str | list[str] | Tensor = "",
         steps: int = 50,
         guidance_scale: float = 7.5,
         guidance_rescale: float = 0.0,
@@ -132,6 +132,8 @@ class StableDiffusion:
         eta: float = 0.0,
         images_per_prompt: int = 1,
         clip_skip: int = 0,
+        start: int = 0,
+        predict_noise: Callable[[Tensor, Tensor, Tensor, float, float], Tensor] | None = None,
     ) -> Iterator[Step]:
         """The sampling loop: from noise to latents, one `Step` at a time, `steps` in all (more is finer, and slower).
 
@@ -144,9 +146,14 @@ class StableDiffusion:
         (B, 4, H/8, W/8) replaces the initial noise. `scheduler`: "ddim" (the default), "ddpm", or an object. `eta`
         from 0 (deterministic) to 1 (as random as DDPM) matters to DDIM only. `clip_skip` leaves out that many last
         layers of the text encoder. Raises ValueError for a setting that is impossible.
+
+        Three openings serve all of `tasks/`: a prompt may be given as context (B, 77, D), already encoded; `start` is
+        the index of the first step to take, from `latents` at that step's noise level; and `predict_noise` stands in
+        for the method of that name.
         """
         prompts, negatives = matching_prompts(prompt, negative_prompt)
         size = self.latent_size(height, width)
+        predict_noise = predict_noise or self.predict_noise
         sampler, generator = self.make_scheduler(scheduler), one_source(seed, generator)
         check_settings(
             steps,
@@ -156,36 +163,47 @@ class StableDiffusion:
             guidance_rescale=guidance_rescale,
             eta=eta,
         )
+        check_start(start, steps, latents)
 
         guided = guidance_scale > 1
         context = self.encode_prompt(prompts, negatives if guided else None, images_per_prompt, clip_skip)
         sampler.set_timesteps(steps, device=self.device)
-        shape = (len(prompts) * images_per_prompt, self.unet.config.in_channels, *size)
+        shape = (len(prompts) * images_per_prompt, self.vae.config.latent_channels, *size)
         x = self.initial_noise(shape, generator, latents) * sampler.init_noise_sigma
-        extra = {"eta": eta} if "eta" in inspect.signature(sampler.step).parameters else {}
+        takes = inspect.signature(sampler.step).parameters
+        extra = {name: value for name, value in {"eta": eta, "generator": generator}.items() if name in takes}
 
-        for index, t in enumerate(sampler.timesteps):
-            eps = self.predict_noise(sampler.scale_model_input(x, t), t, context, guidance_scale, guidance_rescale)
-            result = sampler.step(eps, t, x, generator=generator, **extra)
-            x = result.prev_sample
-            yield Step(index, int(t), x, result.pred_original_sample)
+        for index, t in enumerate(sampler.timesteps[start:], start):
+            eps = predict_noise(sampler.scale_model_input(x, t), t, context, guidance_scale, guidance_rescale)
+            result = sampler.step(eps, t, x, **extra)
+            step = Step(index, int(t), result.prev_sample, result.pred_original_sample)
+            yield step
+            x = step.latents
 
     # To people and tools, text_to_image has the settings of denoise, one by one.
     text_to_image.__signature__ = inspect.signature(denoise).replace(return_annotation=list[Image.Image])  # type: ignore[attr-defined]
 
     def encode_prompt(
-        self, prompts: list[str], negatives: list[str] | None, images_per_prompt: int = 1, clip_skip: int = 0
+        self,
+        prompts: list[str] | Tensor,
+        negatives: list[str] | Tensor | None,
+        images_per_prompt: int = 1,
+        clip_skip: int = 0,
     ) -> Tensor:
         """Prompts -> context (B, 77, D), or (2B, 77, D) with `negatives` first: the two halves of guidance.
 
         Each prompt stands `images_per_prompt` times in a row. As in diffusers, `clip_skip` is not for negatives.
+        What is context already stays as it is.
         """
-        context = self.text_encoder(self.tokenizer(prompts).to(self.device), clip_skip=clip_skip)
-        context = context.repeat_interleave(images_per_prompt, dim=0)
-        if negatives is None:
-            return context
-        unwanted = self.text_encoder(self.tokenizer(negatives).to(self.device))
-        return torch.cat([unwanted.repeat_interleave(images_per_prompt, dim=0), context])
+
+        def encode(texts: list[str] | Tensor, clip_skip: int = 0) -> Tensor:
+            if isinstance(texts, Tensor):
+                return texts.to(self.device).repeat_interleave(images_per_prompt, dim=0)
+            context = self.text_encoder(self.tokenizer(texts).to(self.device), clip_skip=clip_skip)
+            return context.repeat_interleave(images_per_prompt, dim=0)
+
+        context = encode(prompts, clip_skip)
+        return context if negatives is None else torch.cat([encode(negatives), context])
 
     def predict_noise(
         self, x: Tensor, t: Tensor, context: Tensor, guidance_scale: float, guidance_rescale: float = 0.0
@@ -194,6 +212,11 @@ class StableDiffusion:
 
         Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598): negative + scale (positive - negative).
         """
+        if x.shape[1] != self.unet.config.in_channels:
+            raise ValueError(
+                f"this UNet takes {self.unet.config.in_channels} channels, not {x.shape[1]} (an inpainting model?): "
+                "it cannot make a picture from text alone"
+            )
         if guidance_scale <= 1:
             return self.unet(x, t, context)
         negative, positive = self.unet(torch.cat([x, x]), t, context).chunk(2)
@@ -243,11 +266,6 @@ class StableDiffusion:
 
     def initial_noise(self, shape: tuple[int, ...], generator: Generators, latents: Tensor | None) -> Tensor:
         """x_T: standard normal, drawn on the CPU in the model's dtype, unless `latents` are given."""
-        if self.unet.config.in_channels != self.vae.config.latent_channels:
-            raise ValueError(
-                f"this UNet takes {self.unet.config.in_channels} channels (an inpainting model?): "
-                "it cannot make a picture from text alone"
-            )
         if latents is None:
             device = torch.device("cpu") if generator is None else self.device
             return draw_noise(torch.Size(shape), generator, device, self.dtype).to(self.device)

@@ -86,8 +86,12 @@ class SpatialTransformer(nn.Module):
 
 
 def like_layout(x: Tensor, reference: Tensor) -> Tensor:
-    """Lay `x` out in memory as `reference` is, so that one convolution kernel serves the whole network."""
+    """Lay bfloat16 `x` out in memory as `reference` is, so that one convolution kernel serves the whole network.
+
+    Other types are laid out plainly, as in diffusers, even if the latents came with channels last (from the VAE).
+    """
     channels_last = reference.is_contiguous(memory_format=torch.channels_last) and not reference.is_contiguous()
+    channels_last &= x.dtype == torch.bfloat16
     return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 

@@ -149,7 +149,7 @@ STRANGERS = (
     ("a TAESD autoencoder", "taesd_decoder. encoder.layers.0.weight decoder.layers.1.weight"),
 )
 LORA_MARKS = (
-    ".lora_down. .lora_up. .lora_A. .lora_B. _lora.down. _lora.up. .lora.down. .lora.up. .hada_w1_a .lokr_w1"
+    ".lora_down. .lora_up. .lora_mid. .lora_A. .lora_B. _lora.down. _lora.up. .lora.down. .lora.up. .hada_w1_a .lokr_w1"
 ).split()
 
 

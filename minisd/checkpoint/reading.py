@@ -249,17 +249,32 @@ def note_position_ids(files: Files, notes: list[str]) -> None:
 
 def open_vae(source: str | os.PathLike[str], *, half: bool, notes: list[str]) -> Component:
     """A VAE of its own: a folder, a VAE file with or without prefix, or the VAE of a whole checkpoint."""
-    path = resolve(source, half=half, component="vae")
+    return open_alone(source, "vae", half=half, notes=notes)
+
+
+def open_alone(
+    source: str | os.PathLike[str],
+    name: str,
+    *,
+    half: bool = False,
+    weights: str = "auto",
+    notes: list[str] | None = None,
+) -> Component:
+    """One component: of its folder, of a file that holds it alone, or of a whole checkpoint."""
+    notes = [] if notes is None else notes
+    path = resolve(source, half=half, component=name)
     if path.is_dir():
-        folder = path / "vae" if (path / "vae").is_dir() else path
-        return open_component(folder, "vae", half=half, weights="auto", notes=notes)
+        folder = path / name if (path / name).is_dir() else path
+        return open_component(folder, name, half=half, weights=weights, notes=notes)
     files = open_files([path], path)
-    naming = namings("vae", files.tensors).get("raw")
-    if naming is None:
-        raise CheckpointError(f"{path}: does not hold a VAE{described(files)}")
+    found = namings(name, files.tensors)
+    if not found:
+        raise CheckpointError(f"{path}: does not hold a {TITLES[name]}{described(files)}")
+    naming = choose_unet(found, files, weights, notes) if name == "unet" else found["raw"]
     problems = Problems()
     stored = stored_config(files)
-    component = fit("vae", stored.vae if stored else infer("vae", files, naming), files, naming, problems)
+    config = getattr(stored, name) if stored else infer(name, files, naming)
+    component = fit(name, config, files, naming, problems)
     problems.raise_for(str(path))
     return component
 

@@ -114,31 +114,44 @@ def save(model: Model, path: str | os.PathLike[str], *, layout: str, dtype: torc
 def write_folder(model: Model, folder: Path, dtype: torch.dtype | None) -> None:
     """diffusers' layout: a folder with a config.json and a safetensors file for each component."""
     for component, keys in model_keys(model.config).items():
-        config = configs.WRITERS[component](getattr(model.config, component))
-        write_json(folder / component / "config.json", config)
         state = model.states[component]
         tensors = {key.diffusers: plain(state[key.minisd], key.shape, dtype) for key in keys}
-        write_tensors(folder / component / single_name(STEMS[component], ""), tensors, {})
-    scheduler = {"_class_name": "DDIMScheduler", **model.config.scheduler}
-    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-    model.tokenizer.save(folder / "tokenizer")
-    if model.generation:
-        write_json(folder / GENERATION_CONFIG, model.generation)
+        path = folder / component / single_name(STEMS[component], "")
+        path.parent.mkdir(parents=True)
+        write_tensors(path, tensors, {})
+    write_settings(folder, model.config, model.tokenizer, model.generation)
+
+
+def write_settings(folder: Path, config: ModelConfig, tokenizer: CLIPTokenizer, generation: Mapping[str, Any]) -> None:
+    """What a folder in diffusers' layout holds beside the weights."""
+    for component in COMPONENTS:
+        write_json(folder / component / "config.json", configs.WRITERS[component](getattr(config, component)))
+    write_json(folder / "scheduler" / "scheduler_config.json", {"_class_name": "DDIMScheduler", **config.scheduler})
+    tokenizer.save(folder / "tokenizer")
+    if generation:
+        write_json(folder / GENERATION_CONFIG, generation)
     write_json(folder / "model_index.json", MODEL_INDEX)
 
 
 def write_single_file(model: Model, file: Path, dtype: torch.dtype | None) -> None:
-    """CompVis' layout: one file. What shapes cannot tell (heads, norm groups, schedule, vocabulary) is metadata."""
+    """CompVis' layout: one file."""
     tensors = {
         COMPVIS_PREFIX[component] + key.compvis: plain(model.states[component][key.minisd], key.compvis_shape, dtype)
         for component, keys in model_keys(model.config).items()
         for key in keys
     }
-    stored = {component: configs.WRITERS[component](getattr(model.config, component)) for component in COMPONENTS}
-    stored["scheduler"] = dict(model.config.scheduler)
+    write_tensors(file, tensors, settings_as_metadata(model.config, model.tokenizer, model.generation))
+
+
+def settings_as_metadata(
+    config: ModelConfig, tokenizer: CLIPTokenizer, generation: Mapping[str, Any]
+) -> dict[str, str]:
+    """What the shapes in a single file cannot tell: heads, norm groups, schedule, vocabulary."""
+    stored = {component: configs.WRITERS[component](getattr(config, component)) for component in COMPONENTS}
+    stored["scheduler"] = dict(config.scheduler)
     metadata = {"minisd.config": json.dumps(stored)}
-    if model.tokenizer.vocabulary != CLIPTokenizer.clip().vocabulary:
-        metadata["minisd.tokenizer"] = model.tokenizer.to_json()
-    if model.generation:
-        metadata["minisd.generation"] = json.dumps(dict(model.generation))
-    write_tensors(file, tensors, metadata)
+    if tokenizer.vocabulary != CLIPTokenizer.clip().vocabulary:
+        metadata["minisd.tokenizer"] = tokenizer.to_json()
+    if generation:
+        metadata["minisd.generation"] = json.dumps(dict(generation))
+    return metadata

@@ -1,0 +1,119 @@
+"""The workbench's commands. Only click is imported here; `minisd/cli.py` takes them in."""
+
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+
+from minisd.checkpoint.textfiles import write_whole
+
+
+@click.command()
+@click.argument("paths", metavar="PATH...", nargs=-1, required=True)
+@click.option("--deep", is_flag=True, help="Read every value: NaN, zeros, limits, spread by block, sha256.")
+@click.option("--tree", "depth", is_flag=False, flag_value=3, default=0, metavar="[DEPTH]", help="Sizes by block.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON, one object a PATH and line.")
+def inspect(paths: tuple[str, ...], deep: bool, depth: int, as_json: bool) -> None:
+    """Say what is in weight files, from their headers: files, folders or shard indexes."""
+    from minisd.lab.inspecting import inspect
+    from minisd.lab.report import lines, tree
+
+    for path in paths:
+        report = inspect(path)
+        said: dict[str, Any] = report.as_dict()
+        told = [*lines(report), *tree(report, depth)]
+        if deep:
+            from minisd.lab import scan
+
+            findings = scan.scan(report)
+            said["values"] = vars(findings)
+            told += scan.lines(findings)
+        click.echo(json.dumps(said) if as_json else "\n".join(told))
+
+
+@click.command()
+@click.argument("path", required=False)
+@click.option("--grep", metavar="TEXT", help="Only rows with this in one of their names.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON, one list a row.")
+def keys(path: str | None, grep: str | None, as_json: bool) -> None:
+    """One weight, three names: SD 1.5's table; or what each tensor of the file PATH is."""
+    from minisd.lab.inspecting import inspect
+    from minisd.lab.report import aligned, file_table, key_table
+
+    if path is None:
+        header, rows = ("minisd", "diffusers", "CompVis", "shape"), list(key_table())
+    else:
+        report = inspect(path)
+        header, rows = ("minisd", "in the file", "dtype", "shape"), list(file_table(report))
+    rows = [row for row in rows if grep is None or any(grep in cell for cell in row[:3])]
+    if as_json:
+        for row in rows:
+            click.echo(json.dumps(row))
+        return
+    for line in aligned([header, *rows]):
+        click.echo(line)
+
+
+def number_of_bytes(_: click.Context, __: click.Parameter, text: str | None) -> int | None:
+    """ "2GB", "500MB" or plain bytes."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *(kB|MB|GB|)", text)
+    if not found:
+        raise click.BadParameter(f"{text!r} is not a size such as 2GB or 500MB")
+    return int(float(found[1]) * {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}[found[2]])
+
+
+@click.command()
+@click.argument("source")
+@click.argument("target")
+@click.option("--to", "layout", type=click.Choice(["diffusers", "compvis"]), help="[default: by TARGET's name]")
+@click.option("--component", type=click.Choice(["unet", "vae", "text_encoder"]), help="Only this one.")
+@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="[default: as it is]")
+@click.option("--weights", type=click.Choice(["auto", "ema", "raw"]), default="auto", help="If a file has two sets.")
+@click.option("--lean", is_flag=True, help="Leave out what is not the model.")
+@click.option("--shard-size", callback=number_of_bytes, metavar="SIZE", help="At most so much a file, such as 2GB.")
+@click.option("--from-pickle", is_flag=True, help="SOURCE is a .ckpt, .pt or .bin; nothing in it is executed.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
+def convert(source: str, target: str, dtype: str | None, from_pickle: bool, quiet: bool, **settings: Any) -> None:
+    """Write the model SOURCE as TARGET in another layout or dtype: a folder, or a file if it ends in .safetensors."""
+    import torch
+    from tqdm import tqdm
+
+    from minisd.checkpoint.writing import into_place
+    from minisd.lab.converting import opened, plan, run
+
+    with opened(source, target, from_pickle) as readable:
+        job = plan(readable, target, dtype=getattr(torch, dtype) if dtype else None, **settings)
+        with tqdm(total=job.bytes, unit="B", unit_scale=True, leave=False, disable=True if quiet else None) as bar:
+            into_place(job.target, lambda place: run(job, place, bar.update))
+    click.echo(job.target)
+
+
+@click.command()
+@click.argument("a")
+@click.argument("b")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.option("--plot", metavar="OUT.png", help="Also draw the change of each block as a bar.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
+def diff(a: str, b: str, as_json: bool, plot: str | None, quiet: bool) -> None:
+    """Compare two checkpoints, whatever their layout and precision: what changed, where, and how much."""
+    from tqdm import tqdm
+
+    from minisd.lab.comparing import bars, compare, lines
+
+    target = Path(plot) if plot else None
+    if target and (target.suffix != ".png" or not target.parent.is_dir()):
+        raise ValueError(f"{target}: must be a name that ends in .png, in a folder that exists")
+    with tqdm(unit="weight", leave=False, disable=True if quiet else None) as bar:
+        difference = compare(a, b, advance=bar.update)
+    if target:
+        picture = io.BytesIO()
+        bars(difference.blocks).save(picture, "PNG")
+        write_whole(target, picture.getvalue())
+    click.echo(json.dumps(difference.as_dict()) if as_json else "\n".join(lines(difference)))
+    if target and not as_json:
+        click.echo(target)

@@ -1,0 +1,230 @@
+"""One checkpoint, another form: either layout to either layout, one component, another dtype, shards.
+
+    convert("model.safetensors", "folder")                          # CompVis -> diffusers
+    convert("folder", "model.safetensors", dtype=torch.float16)     # and back, in half the bytes
+
+Values stream from file to file (see `streaming.py`). What a folder has no place for travels along: what stood beside
+the model in a single file goes to `leftovers.safetensors`, with the file's metadata, and comes back from there. A
+result has its name only when it is whole and was checked.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from minisd.checkpoint import configs
+from minisd.checkpoint.building import read_tokenizer
+from minisd.checkpoint.files import Files, open_files
+from minisd.checkpoint.keymap import COMPONENTS, COMPVIS_PREFIX, KEYS, Key
+from minisd.checkpoint.reading import Checkpoint, Component, open_alone, open_checkpoint
+from minisd.checkpoint.sources import STEMS, index_name, single_name
+from minisd.checkpoint.writing import into_place, settings_as_metadata, write_json, write_settings
+from minisd.lab.pickles import unpickle
+from minisd.lab.streaming import Entry, entry, write_file
+
+LEFTOVERS = "leftovers.safetensors"
+LAYOUTS = ("diffusers", "compvis")
+
+Advance = Callable[[int], object]  # told how many bytes were written
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to write, settled before the first byte is written."""
+
+    target: Path
+    layout: str
+    checkpoint: Checkpoint | None  # None for a single component
+    entries: dict[str, list[Entry]]  # component -> its tensors under the target's names
+    leftovers: list[Entry]
+    metadata: dict[str, str]  # of a single file; of the leftovers in a folder
+    shard_size: int | None = None
+    components: dict[str, Component] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        """What will be written, but for headers and settings."""
+        return sum(one.bytes for part in (*self.entries.values(), self.leftovers) for one in part)
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    layout: str | None = None,
+    component: str | None = None,
+    dtype: torch.dtype | None = None,
+    weights: str = "auto",
+    lean: bool = False,
+    shard_size: int | None = None,
+    from_pickle: bool = False,
+    advance: Advance = lambda _: None,
+) -> Path:
+    """Write the model at `source` to `target` in another form; returns `target`.
+
+    `layout`: "diffusers" or "compvis"; by default compvis for a name that ends in .safetensors. `component`: only
+    "unet", "vae" or "text_encoder". `dtype`: cast every weight; None keeps each one's own. `weights`: "auto", "ema" or
+    "raw", where there are two sets. `lean` leaves out what is not the model. `shard_size`: at most so many bytes a file
+    (diffusers' layout). `from_pickle`: the source is a `.ckpt`, `.pt` or `.bin` (see `pickles.py`); nothing in it is
+    executed. `advance` is told of every piece written. Raises CheckpointError for a source that cannot be
+    used, ValueError for settings that are impossible, FileExistsError where something else than a model is in the way.
+    """
+    with opened(source, target, from_pickle) as readable:
+        job = plan(readable, target, layout, component, dtype, weights, lean, shard_size)
+        into_place(job.target, lambda place: run(job, place, advance))
+    return job.target
+
+
+@contextmanager
+def opened(
+    source: str | os.PathLike[str], target: str | os.PathLike[str], from_pickle: bool
+) -> Iterator[str | os.PathLike[str]]:
+    """The source; a pickle's tensors as a safetensors file beside the target, for as long as they are needed."""
+    if not from_pickle:
+        yield source
+        return
+    beside = Path(os.path.expanduser(target)).parent
+    beside.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".unpickled-", dir=beside) as scratch:
+        path = Path(os.path.expanduser(source))
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file")
+        yield unpickle(path, Path(scratch) / f"{path.stem}.safetensors")
+
+
+def plan(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    layout: str | None,
+    component: str | None,
+    dtype: torch.dtype | None,
+    weights: str,
+    lean: bool,
+    shard_size: int | None,
+) -> Job:
+    """Read the headers and settle everything. Nothing is written."""
+    destination = Path(os.path.expanduser(target))
+    layout = layout or ("compvis" if destination.suffix == ".safetensors" else "diffusers")
+    check(destination, layout, component, dtype, shard_size)
+    if component is not None:
+        part = open_alone(source, component, weights=weights)
+        entries = {component: rename(part, component, layout, dtype)}
+        return Job(
+            target=destination, layout=layout, checkpoint=None, entries=entries, leftovers=[], metadata={},
+            shard_size=shard_size, components={component: part},
+        )  # fmt: skip
+    checkpoint = open_checkpoint(source, dtype=None, weights=weights)
+    entries = {name: rename(part, name, layout, dtype) for name, part in checkpoint.components.items()}
+    beside, metadata = (None, {}) if lean else left(checkpoint)
+    if layout == "compvis" and not metadata:
+        words = read_tokenizer(checkpoint, None)
+        metadata = {"format": "pt", **settings_as_metadata(checkpoint.config, words, checkpoint.generation)}
+    leftovers = (
+        [entry(beside, name, name, beside.tensors[name].shape, None) for name in beside.tensors] if beside else []
+    )
+    return Job(
+        target=destination, layout=layout, checkpoint=checkpoint, entries=entries, leftovers=leftovers,
+        metadata=metadata, shard_size=shard_size, components=checkpoint.components,
+    )  # fmt: skip
+
+
+def check(target: Path, layout: str, component: str | None, dtype: torch.dtype | None, shard_size: int | None) -> None:
+    """Raise for settings that make no sense, and for a place that is taken."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r}: must be one of {', '.join(LAYOUTS)}")
+    if component is not None and component not in COMPONENTS:
+        raise ValueError(f"component={component!r}: must be one of {', '.join(COMPONENTS)}")
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype}: weights are floating point")
+    if shard_size is not None and (layout != "diffusers" or target.suffix == ".safetensors" or shard_size < 1):
+        raise ValueError(f"shard_size={shard_size}: a number of bytes, for a folder in diffusers' layout only")
+    if layout == "diffusers" and component is None and target.suffix == ".safetensors":
+        raise ValueError(
+            f"{target}: diffusers' layout is a folder; choose a name without .safetensors, or one component"
+        )
+    is_model = (target / "model_index.json").is_file() or (target / "config.json").is_file()
+    if target.is_dir() and any(target.iterdir()) and not is_model:
+        raise FileExistsError(f"{target}: exists and is not a model; choose another name")
+    if target.is_file() and target.suffix != ".safetensors":
+        raise FileExistsError(f"{target}: is a file that is no safetensors; choose another name")
+
+
+def rename(part: Component, component: str, layout: str, dtype: torch.dtype | None) -> list[Entry]:
+    """A component's tensors under the names and in the shapes of a layout."""
+
+    def named(key: Key) -> Entry:
+        source, _ = part.match.sources[key.minisd]
+        if layout == "diffusers":
+            return entry(part.files, source, key.diffusers, key.shape, dtype)
+        return entry(part.files, source, COMPVIS_PREFIX[component] + key.compvis, key.compvis_shape, dtype)
+
+    return [named(key) for key in KEYS[component](part.config)]
+
+
+def left(checkpoint: Checkpoint) -> tuple[Files | None, dict[str, str]]:
+    """What a single file holds beside the model, and its metadata; a folder has it in a file of its own."""
+    if checkpoint.path.is_dir():
+        path = checkpoint.path / LEFTOVERS
+        if not path.is_file():
+            return None, {}
+        files = open_files([path], path)
+        return files, dict(files.metadata)
+    files = checkpoint.components["unet"].files
+    used = {name for part in checkpoint.components.values() for name, _ in part.match.sources.values()}
+    rest = {name: info for name, info in files.tensors.items() if name not in used}
+    return Files(files.path, rest, files.location, files.metadata), dict(files.metadata)
+
+
+# ---- writing ---------------------------------------------------------------------------------------------
+
+
+def run(job: Job, place: Path, advance: Advance) -> None:
+    """Write everything under the temporary name `place`."""
+    if job.target.suffix == ".safetensors":
+        every = [one for entries in job.entries.values() for one in entries]
+        write_file(place, every + job.leftovers, job.metadata or {"format": "pt"}, advance)
+        return
+    for component, entries in job.entries.items():
+        folder = place if job.checkpoint is None else place / component
+        folder.mkdir(parents=True)
+        write_shards(folder, STEMS[component], entries, job.shard_size, advance)
+        if job.checkpoint is None:
+            write_json(folder / "config.json", configs.WRITERS[component](job.components[component].config))
+    if job.checkpoint is not None:
+        words = read_tokenizer(job.checkpoint, None)
+        write_settings(place, job.checkpoint.config, words, job.checkpoint.generation)
+        if job.leftovers or job.metadata:
+            write_file(place / LEFTOVERS, job.leftovers, job.metadata, advance)
+
+
+def write_shards(folder: Path, stem: str, entries: list[Entry], most: int | None, advance: Advance) -> None:
+    """One file, or several of at most `most` bytes (a larger tensor has one of its own) with their index."""
+    shards = list(divide(entries, most))
+    if len(shards) == 1:
+        write_file(folder / single_name(stem, ""), entries, {"format": "pt"}, advance)
+        return
+    table: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
+        write_file(folder / name, shard, {"format": "pt"}, advance)
+        table |= {one.name: name for one in shard}
+    total = sum(one.bytes for one in entries)
+    write_json(folder / index_name(stem, ""), {"metadata": {"total_size": total}, "weight_map": table})
+
+
+def divide(entries: list[Entry], most: int | None) -> Iterable[list[Entry]]:
+    """Runs of entries of at most `most` bytes together."""
+    run: list[Entry] = []
+    size = 0
+    for one in entries:
+        if run and most is not None and size + one.bytes > most:
+            yield run
+            run, size = [], 0
+        run.append(one)
+        size += one.bytes
+    yield run
