@@ -7,13 +7,29 @@ python scripts/figures.py guidance     # one
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from emoji_data import contact_sheet
+from emoji_data import Figure, Scene, Studio, contact_sheet
 from evaluate_emoji import GUIDANCES, STEPS, every_step
 from PIL import Image
 
-from minisd.pipeline import StableDiffusion
+from minisd.pipeline import StableDiffusion, to_pictures
+from minisd.tasks import (
+    LossGuidance,
+    colour_loss,
+    compose,
+    edit,
+    finish,
+    image_to_image,
+    inpaint,
+    interpolate,
+    invert,
+    mean_latents,
+    round_trip,
+    to_images,
+)
+from minisd.tasks.schedule import as_picture
 
 FOLDER = Path(__file__).parents[1] / "weights" / "figures"
 SEED = 1
@@ -59,10 +75,103 @@ def grid(columns: list[tuple[str, list[Image.Image]]]) -> Image.Image:
     return contact_sheet([picture for picture, _ in cells], [label for _, label in cells], len(columns))
 
 
+# ---- tasks -----------------------------------------------------------------------------------------------
+
+
+def one(sd: StableDiffusion, prompt: str, seed: int = SEED, **settings: object) -> Image.Image:
+    """One picture at the model's best settings but for `settings`."""
+    return sd.text_to_image(prompt, seed=seed, **{**sd.generation, **settings})[0]
+
+
+def img2img(sd: StableDiffusion) -> Image.Image:
+    """A picture, repainted by and by."""
+    picture = one(sd, "orange on a blue background")
+    strengths = (0.3, 0.5, 0.7, 0.9)
+    prompt = "a tomato on a blue background"
+    painted = [
+        finish(sd, image_to_image(sd, prompt, picture, strength=s, seed=SEED, **sd.generation))[0] for s in strengths
+    ]
+    return contact_sheet([picture, *painted], ["the picture", *(f"strength {s}" for s in strengths)], 5)
+
+
+def inpaint_figure(sd: StableDiffusion) -> Image.Image:
+    """Half of a picture, painted anew three times."""
+    picture = one(sd, "a cat and a dog on a yellow background")
+    mask = Image.new("L", picture.size, 0)
+    mask.paste(255, (picture.width // 2, 0, picture.width, picture.height))
+    prompts = [f"a cat and a {thing} on a yellow background" for thing in ("rose", "rocket", "red heart")]
+    painted = [finish(sd, inpaint(sd, prompt, picture, mask, seed=SEED, **sd.generation))[0] for prompt in prompts]
+    return contact_sheet([picture, mask.convert("RGB"), *painted], ["the picture", "the mask", *prompts], 5)
+
+
+def inversion(sd: StableDiffusion) -> Image.Image:
+    """A picture that the model never saw, up to noise and down again under strong guidance; then with other words."""
+    size = sd.unet.config.sample_size * sd.vae.config.downsampling
+    figures = (
+        Figure(character="🍎", height=0.6, x=0.32, y=0.36),
+        Figure(character="⭐", height=0.42, x=0.72, y=0.68),
+    )
+    picture = Studio().paint(Scene(figures=figures, ground="blue"), size)
+    prompt = "an apple and a star on a blue background"
+    latents = mean_latents(sd, to_images([picture], size, size))
+    settings: dict[str, Any] = {"steps": 50, "guidance_scale": 7.5}
+    back = [
+        round_trip(sd, prompt, latents, [picture], invert(sd, prompt, latents, exact=way, **settings), **settings)
+        for way in (False, True)
+    ]
+    gentle: dict[str, Any] = {"steps": 50, "guidance_scale": sd.generation["guidance_scale"]}
+    other = prompt.replace("blue", "yellow")
+    edited = finish(sd, edit(sd, prompt, other, latents, start=5, **gentle))[0]
+    labels = [
+        "the picture",
+        f"through the VAE: {back[0].limit[0]:.1f} dB",
+        f"plain inversion, guidance 7.5: {back[0].psnr[0]:.1f} dB",
+        f"exact inversion, guidance 7.5: {back[1].psnr[0]:.1f} dB",
+        "edited: on a yellow background",
+    ]
+    alone = to_pictures(sd.decode(latents))[0]
+    return contact_sheet([picture, alone, back[0].pictures[0], back[1].pictures[0], edited], labels, 5)
+
+
+def interpolation(sd: StableDiffusion) -> Image.Image:
+    """From one prompt and seed to another."""
+    shape = (1, sd.vae.config.latent_channels, *sd.latent_size(None, None))
+    first, last = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (SEED, SEED + 1))
+    prompts = ("a green apple", "a tomato on a yellow background")
+    painted = finish(sd, interpolate(sd, prompts, (first, last), frames=7, **sd.generation))
+    return contact_sheet(painted, [prompts[0], *[""] * 5, prompts[1]], 7)
+
+
+def guided(sd: StableDiffusion) -> Image.Image:
+    """What can stand beside the prompt: a colour, another prompt."""
+    blue, green = (LossGuidance(sd, colour_loss(colour), scale=3.0) for colour in ("blue", "green"))
+    half = compose(sd, [("red heart", 0.5)], weight=0.5)
+    pictures = [
+        one(sd, "house"),
+        one(sd, "house", predict_noise=blue),
+        one(sd, "house", predict_noise=green),
+        one(sd, "sun"),
+        one(sd, "sun", predict_noise=half),
+    ]
+    labels = ["house", "house, --colour blue", "house, --colour green", "sun", "half sun, half red heart"]
+    return contact_sheet(pictures, labels, 5)
+
+
+def schedule(sd: StableDiffusion) -> Image.Image:
+    """The model's noise schedule."""
+    return as_picture(sd.make_scheduler("ddim"), 10)
+
+
 FIGURES: dict[str, Callable[[StableDiffusion], Image.Image]] = {
     "samples": samples,
     "guidance": guidance,
     "steps": steps,
+    "img2img": img2img,
+    "inpaint": inpaint_figure,
+    "inversion": inversion,
+    "interpolation": interpolation,
+    "guided": guided,
+    "schedule": schedule,
 }
 
 
