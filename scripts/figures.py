@@ -6,6 +6,7 @@ python scripts/figures.py guidance     # one
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +97,10 @@ def img2img(sd: StableDiffusion) -> Image.Image:
 
 def inpaint_figure(sd: StableDiffusion) -> Image.Image:
     """Half of a picture, painted anew three times."""
-    picture = one(sd, "a cat and a dog on a yellow background")
+    picture = one(sd, "a mushroom and a star on a blue background")
     mask = Image.new("L", picture.size, 0)
     mask.paste(255, (picture.width // 2, 0, picture.width, picture.height))
-    prompts = [f"a cat and a {thing} on a yellow background" for thing in ("rose", "rocket", "red heart")]
+    prompts = [f"a mushroom and a {thing} on a blue background" for thing in ("red heart", "tree", "lemon")]
     painted = [finish(sd, inpaint(sd, prompt, picture, mask, seed=SEED, **sd.generation))[0] for prompt in prompts]
     return contact_sheet([picture, mask.convert("RGB"), *painted], ["the picture", "the mask", *prompts], 5)
 
@@ -119,18 +120,20 @@ def inversion(sd: StableDiffusion) -> Image.Image:
         round_trip(sd, prompt, latents, [picture], invert(sd, prompt, latents, exact=way, **settings), **settings)
         for way in (False, True)
     ]
-    gentle: dict[str, Any] = {"steps": 50, "guidance_scale": sd.generation["guidance_scale"]}
-    other = prompt.replace("blue", "yellow")
-    edited = finish(sd, edit(sd, prompt, other, latents, start=5, **gentle))[0]
+    apple = Studio().paint(Scene(figures=(replace(figures[0], height=0.7, x=0.45, y=0.55),), ground="blue"), size)
+    words = "an apple on a blue background"
+    start = mean_latents(sd, to_images([apple], size, size))
+    edited = finish(sd, edit(sd, words, words.replace("blue", "yellow"), start, start=12, **sd.generation))[0]
     labels = [
         "the picture",
         f"through the VAE: {back[0].limit[0]:.1f} dB",
         f"plain inversion, guidance 7.5: {back[0].psnr[0]:.1f} dB",
         f"exact inversion, guidance 7.5: {back[1].psnr[0]:.1f} dB",
+        "another picture",
         "edited: on a yellow background",
     ]
     alone = to_pictures(sd.decode(latents))[0]
-    return contact_sheet([picture, alone, back[0].pictures[0], back[1].pictures[0], edited], labels, 5)
+    return contact_sheet([picture, alone, back[0].pictures[0], back[1].pictures[0], apple, edited], labels, 6)
 
 
 def interpolation(sd: StableDiffusion) -> Image.Image:
@@ -144,17 +147,16 @@ def interpolation(sd: StableDiffusion) -> Image.Image:
 
 def guided(sd: StableDiffusion) -> Image.Image:
     """What can stand beside the prompt: a colour, another prompt."""
-    blue, green = (LossGuidance(sd, colour_loss(colour), scale=3.0) for colour in ("blue", "green"))
+    blue = LossGuidance(sd, colour_loss("blue"), scale=4.0)
     half = compose(sd, [("red heart", 0.5)], weight=0.5)
     pictures = [
         one(sd, "house"),
         one(sd, "house", predict_noise=blue),
-        one(sd, "house", predict_noise=green),
         one(sd, "sun"),
         one(sd, "sun", predict_noise=half),
     ]
-    labels = ["house", "house, --colour blue", "house, --colour green", "sun", "half sun, half red heart"]
-    return contact_sheet(pictures, labels, 5)
+    labels = ["house", "house, pulled to blue", "sun", "half sun, half red heart"]
+    return contact_sheet(pictures, labels, 4)
 
 
 def schedule(sd: StableDiffusion) -> Image.Image:

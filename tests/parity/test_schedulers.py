@@ -327,12 +327,13 @@ def test_other_dtypes(name, arguments, dtype):
     ids=str,
 )
 def test_where_diffusers_is_not_a_number_neither_are_we(name, arguments, extra, steps):
+    """The DDIM case takes the root of a variance that is zero up to rounding: below zero on some processors only."""
     paths = []
     for scheduler in make_both(name, arguments):
         scheduler.set_timesteps(steps)
         chance = {} if "Inverse" in name else {"generator": torch.Generator().manual_seed(0)}
         paths.append(walk(scheduler, **chance, **extra))
-    assert not torch.isfinite(paths[1]).all()
+    assert name == "DDIMScheduler" or not torch.isfinite(paths[1]).all()
     torch.testing.assert_close(*paths, rtol=0, atol=0, equal_nan=True)
 
 
