@@ -42,7 +42,7 @@ def inpainters(twin, ours, tmp_path_factory):
     folder = tmp_path_factory.mktemp("inpainting")
     nine.save_pretrained(folder)
     four = pipeline(StableDiffusionInpaintPipeline, twin)
-    return {4: (four, ours), 9: (nine, minisd.StableDiffusion.load(folder))}
+    return {4: (four, ours), 9: (type(nine).from_pretrained(folder), minisd.StableDiffusion.load(folder))}
 
 
 @pytest.mark.parametrize("channels", (4, 9))
