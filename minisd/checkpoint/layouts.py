@@ -17,6 +17,8 @@ from minisd.config import SD15, TextEncoderConfig, UNetConfig, VAEConfig
 
 Tensors = Mapping[str, TensorInfo]
 
+TITLES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder"}  # the components, for people
+
 # Where components have been seen in the wild. The first entry of each is canonical.
 PREFIXES = {
     ("unet", "diffusers"): ("", "unet."),

@@ -21,13 +21,11 @@ from minisd.checkpoint import configs
 from minisd.checkpoint.errors import CheckpointError
 from minisd.checkpoint.files import Files, open_component_folder, open_files
 from minisd.checkpoint.keymap import COMPONENTS, KEYS
-from minisd.checkpoint.layouts import INFER, Match, Naming, Problems, ignorable, match, namings, stranger
+from minisd.checkpoint.layouts import INFER, TITLES, Match, Naming, Problems, ignorable, match, namings, stranger
 from minisd.checkpoint.sources import GENERATION_CONFIG, resolve
 from minisd.checkpoint.textfiles import read_json_object
 from minisd.config import SD15, ModelConfig
 from minisd.schedulers import DDIMScheduler
-
-TITLES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder"}
 
 DTYPES = {
     "F64": torch.float64,

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from minisd.checkpoint.errors import CheckpointError
 from minisd.checkpoint.keymap import COMPONENTS
-from minisd.lab.inspecting import TITLES, Part, Report, inspect
+from minisd.checkpoint.layouts import TITLES
+from minisd.lab.inspecting import Part, Report, inspect
 
 MOVERS = 10  # weights that are listed because they changed most
 

@@ -9,6 +9,8 @@ This file needs the standard library only. `report.py` says the same in words, `
 
 import json
 import os
+import struct
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -20,13 +22,12 @@ from minisd.checkpoint.errors import CheckpointError
 from minisd.checkpoint.files import Files, open_component_folder, open_files, shard_paths
 from minisd.checkpoint.header import TensorInfo
 from minisd.checkpoint.keymap import COMPONENTS, KEYS
-from minisd.checkpoint.layouts import INFER, Match, Naming, Problems, ignorable, match, namings, stranger
+from minisd.checkpoint.layouts import INFER, TITLES, Match, Naming, Problems, ignorable, match, namings, stranger
 from minisd.checkpoint.sources import embedded_model, resolve
 from minisd.checkpoint.textfiles import read_json_object
 from minisd.config import SD15
-from minisd.lab.official import dtype_histogram, official
+from minisd.lab.official import official
 
-TITLES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder"}
 KINDS = {4: "", 5: " for depth to image", 8: " for editing by instruction", 9: " for inpainting"}  # by channels in
 
 
@@ -170,7 +171,7 @@ def describe(component: str, naming: Naming, files: Files, path: Path | None) ->
         found=len(sources),
         missing=[name for name, _ in problems.missing],
         misshapen=[f"{name} is {list(got)}, not {list(want)}" for name, got, want in problems.shape],
-        dtypes=dtype_histogram(infos),
+        dtypes=dict(Counter(info.dtype for info in infos).most_common()),
         parameters=sum(prod(info.shape) for info in infos),
         bytes=sum(info.end - info.start for info in infos),
         config=vars(config).copy(),
@@ -330,8 +331,6 @@ def damaged(path: Path, info: TensorInfo) -> bool:
 
 def as_numbers(dtype: str, data: bytes) -> list[float]:
     """Little-endian numbers; [] for a dtype that no position ids ever had."""
-    import struct
-
     if dtype == "BF16":  # the upper half of a float32
         return [struct.unpack("<f", b"\0\0" + data[i : i + 2])[0] for i in range(0, len(data), 2)]
     letters = {"I64": "q", "I32": "i", "I16": "h", "F32": "f", "F64": "d", "F16": "e"}

@@ -1,7 +1,5 @@
 """The official files of Stable Diffusion 1.5, by what their headers say: to recognise a download without reading it."""
 
-from collections import Counter
-
 from minisd.checkpoint.header import TensorInfo
 
 # name, bytes, tensors, what it is. A file is named only if size and number of tensors match.
@@ -27,8 +25,3 @@ def official(tensors: dict[str, TensorInfo], size: int) -> str | None:
         if size == size_of_it and len(tensors) == count:
             return f"{name} ({what})"
     return None
-
-
-def dtype_histogram(infos: list[TensorInfo]) -> dict[str, int]:
-    """dtype -> number of tensors, the most usual first."""
-    return dict(Counter(info.dtype for info in infos).most_common())

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from minisd.checkpoint.errors import CheckpointError
-from minisd.lab.streaming import Entry, Made, write_file
+from minisd.lab.streaming import NAMES, Entry, Made, write_file
 
 DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    **NAMES,
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
 
 

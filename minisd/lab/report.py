@@ -6,8 +6,9 @@ from math import prod
 
 from minisd.checkpoint.header import TensorInfo
 from minisd.checkpoint.keymap import COMPONENTS, COMPVIS_PREFIX, model_keys
+from minisd.checkpoint.layouts import TITLES
 from minisd.config import SD15
-from minisd.lab.inspecting import TITLES, Report
+from minisd.lab.inspecting import Report
 
 SHOWN = 5  # names of a kind
 

@@ -45,15 +45,13 @@ def inpaint(*, image: str, mask: str, strength: float | None, **options: Any) ->
 
 def invert(*, image: str, plain: bool, **options: Any) -> None:
     """Writes the picture as it comes back, and beside it the noise that it comes from."""
-    job, latents = prepare_walk_up(image, way="plain" if plain else "exact", **options)
+    job, images, latents = prepare_walk_up(image, way="plain" if plain else "exact", **options)
     noise_path = job.paths.output.with_suffix(".safetensors")
     if noise_path.is_dir():
         raise ValueError(f"{noise_path}: is a folder")
     settings = walking(job)
     up = invert_steps(job.sd, job.settings.prompt, latents, exact=not plain, **settings)
-    size = {"height": job.settings.height, "width": job.settings.width}
-    originals = to_pictures(to_images([read_picture(image)], **size))
-    trip = round_trip(job.sd, job.settings.prompt, latents, originals, job.progress(up), **settings)
+    trip = round_trip(job.sd, job.settings.prompt, latents, to_pictures(images), job.progress(up), **settings)
     found: dict[str, Any] = {
         "error": trip.error,
         "psnr": trip.psnr[0],
@@ -73,7 +71,7 @@ def invert(*, image: str, plain: bool, **options: Any) -> None:
 
 def edit(*, image: str, new_prompt: str, start: int | None, plain: bool, **options: Any) -> None:
     """A good start is where colours are still open and shapes no longer: by default after a fifth of the steps."""
-    job, latents = prepare_walk_up(image, new_prompt=new_prompt, way="plain" if plain else "exact", **options)
+    job, _, latents = prepare_walk_up(image, new_prompt=new_prompt, way="plain" if plain else "exact", **options)
     start = job.settings.steps // 5 if start is None else start
     check_start(start, job.settings.steps, latents)
     job.settings.extra["start"] = start
@@ -81,17 +79,19 @@ def edit(*, image: str, new_prompt: str, start: int | None, plain: bool, **optio
     job.write(job.paint(down, job.settings.steps - start))
 
 
-def prepare_walk_up(image: str, **options: Any) -> tuple[Job, Tensor]:
-    """The job, and the picture's latents."""
+def prepare_walk_up(image: str, **options: Any) -> tuple[Job, Tensor, Tensor]:
+    """The job, the picture as an image (1, 3, H, W), and its latents."""
     picture = read_picture(image)
     job = prepare(**options, seed=0, picture=picture)
-    return job, mean_latents(job.sd, to_images([picture], job.settings.height, job.settings.width))
+    images = to_images([picture], job.settings.height, job.settings.width)
+    return job, images, mean_latents(job.sd, images)
 
 
 def walking(job: Job) -> dict[str, Any]:
     """The settings that a walk up and down shares."""
     names = ("negative_prompt", "steps", "guidance_scale", "guidance_rescale", "clip_skip")
-    return {name: job.denoising()[name] for name in names}
+    settings = job.denoising()
+    return {name: settings[name] for name in names}
 
 
 def schedule(

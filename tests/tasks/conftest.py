@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 import minisd
 import minisd.cli
 from minisd.tasks import mean_latents, to_images
+from tests.command import Result
 from tests.unit.tiny import tiny_model
 
 
@@ -64,17 +65,6 @@ def tiny_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     tiny_model().save(folder)
     return folder
-
-
-class Result:
-    def __init__(self, status: int, stdout: str, stderr: str) -> None:
-        self.status, self.stdout, self.stderr = status, stdout, stderr
-
-    @property
-    def written(self) -> Path:
-        """The path in the last line of standard output."""
-        assert self.status == 0, self.stderr
-        return Path(self.stdout.splitlines()[-1])
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ import minisd
 import minisd.cli
 import minisd.generate
 from minisd.pipeline import StableDiffusion
+from tests.command import Result
 from tests.unit.tiny import compvis_tensors, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -46,17 +47,6 @@ def models(tmp_path_factory) -> Path:
     holes = {name: tensor for name, tensor in tensors.items() if ".output_blocks." not in name}
     save_file(holes, place / "holes.safetensors", metadata={"format": "pt"})
     return place
-
-
-class Result:
-    def __init__(self, status: int, stdout: str, stderr: str) -> None:
-        self.status, self.stdout, self.stderr = status, stdout, stderr
-
-    @property
-    def written(self) -> Path:
-        """The path in the last line of standard output."""
-        assert self.status == 0, self.stderr
-        return Path(self.stdout.splitlines()[-1])
 
 
 @pytest.fixture
