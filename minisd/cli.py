@@ -12,6 +12,8 @@ import click
 
 import minisd
 from minisd.lab import commands as lab
+from minisd.lab import lora_commands
+from minisd.lab.parity import commands as parity_lab
 
 
 class Size(click.ParamType):
@@ -48,6 +50,14 @@ OPTIONS: dict[str, Any] = {
     "vae": click.option("--vae", help="Take the VAE from this folder, file or checkpoint."),
     "weights": click.option(
         "--weights", type=click.Choice(["auto", "ema", "raw"]), default="auto", help="If a file has two sets."
+    ),
+    "lora": click.option("--lora", "loras", multiple=True, metavar="PATH[:SCALE]", help="Load a LoRA; again for more."),
+    "embedding": click.option(
+        "--embedding",
+        "embeddings",
+        multiple=True,
+        metavar="PATH[:TOKEN]",
+        help="Load a textual inversion; again for more.",
     ),
     "negative": click.option(
         "-n", "--negative", default="", metavar="PROMPT", help="What should not be in the picture."
@@ -98,6 +108,7 @@ OPTIONS |= {
     "colour": click.option("--colour", help="Pull the picture's mean colour there: blue, #4080ff, ..."),
     "colour-scale": click.option("--colour-scale", type=float, default=3.0, show_default=True, help="How hard."),
     "plain": click.option("--plain", is_flag=True, help="Plain DDIM inversion: one try a step, not exact."),
+    "check": click.option("--check", is_flag=True, help="Say where the first NaN is, and how large values get."),
     "start": click.option(
         "--start", type=click.IntRange(0), help="Go up to this step, 0 is pure noise. [default: a fifth of the steps]"
     ),
@@ -117,7 +128,7 @@ def options(*names: str) -> Any:
 
 @cli.command()
 @click.argument("prompt")
-@options(*PAINTING)
+@options(*PAINTING, "check")
 def generate(**options: Any) -> None:
     """Paint PROMPT."""
     from minisd.generate import run
@@ -207,7 +218,18 @@ def guide(**options: Any) -> None:
     guide(**options)
 
 
-for command in (lab.inspect, lab.keys, lab.convert, lab.diff):
+for command in (
+    lab.inspect,
+    lab.keys,
+    lab.convert,
+    lab.diff,
+    lab.merge,
+    lab.selftest,
+    lora_commands.lora,
+    parity_lab.parity,
+    parity_lab.trace,
+    parity_lab.taps,
+):
     cli.add_command(command)
 
 

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 import minisd
+from minisd.adapters import path_and_scale
 from minisd.checkpoint.textfiles import write_whole
 from minisd.pipeline import StableDiffusion, Step, to_pictures
 from minisd.tasks.pictures import fitting_size
@@ -83,10 +85,23 @@ class Paths:
         return self.output if len(self.images) > 1 else None
 
 
-def run(**options: Any) -> None:
+def run(*, check: bool = False, **options: Any) -> None:
     """Paint and write (see `minisd generate --help`)."""
     job = prepare(**options)
-    job.write(job.paint(job.sd.denoise(job.settings.prompt, **job.denoising())))
+    if check:
+        return run_checked(job)
+    return job.write(job.paint(job.sd.denoise(job.settings.prompt, **job.denoising())))
+
+
+def run_checked(job: "Job") -> None:
+    """Paint and write, and say where the first value is that is not finite, and how large values get."""
+    from minisd.lab.finite import nan_tracer
+
+    with nan_tracer(job.sd) as trace, np.errstate(invalid="ignore"):  # NaN becomes some byte
+        pictures = job.paint(job.sd.denoise(job.settings.prompt, **job.denoising()))
+    if not job.as_json:
+        print(*trace.lines(), sep="\n", file=sys.stderr)
+    job.write(pictures, check=trace.as_dict())
 
 
 def prepare(
@@ -106,6 +121,8 @@ def prepare(
     dtype: str,
     as_json: bool,
     quiet: bool,
+    loras: tuple[str, ...] = (),
+    embeddings: tuple[str, ...] = (),
     seed: int | None = None,
     scheduler: str = "ddim",
     eta: float = 0.0,
@@ -126,6 +143,7 @@ def prepare(
     if steps_dir is not None:
         check_folder(Path(steps_dir))
     sd = load(model, vae, weights, device, dtype)
+    extra |= load_adapters(sd, loras, embeddings)
     height, width = reversed(size) if size else fitting_size(sd, picture) if picture else (None, None)
     height, width = sd.latent_size(height, width)
     factor = sd.vae.config.downsampling
@@ -234,6 +252,19 @@ def load(model: str, vae: str | None, weights: str, device: str, dtype: str) -> 
     for warning in caught:
         print(f"note: {warning.message}", file=sys.stderr)
     return sd
+
+
+def load_adapters(sd: StableDiffusion, loras: tuple[str, ...], embeddings: tuple[str, ...]) -> dict[str, str]:
+    """Load PATH[:SCALE] LoRAs and PATH[:TOKEN] embeddings; returns what belongs among a picture's settings."""
+    for lora in loras:
+        sd.load_lora(*path_and_scale(lora))
+    for embedding in embeddings:
+        path, _, token = embedding.rpartition(":")
+        named = path and not os.path.exists(os.path.expanduser(embedding))
+        words = sd.load_embedding(path, token) if named else sd.load_embedding(embedding)
+        print(f"{embedding}: in prompts as {', '.join(words)}", file=sys.stderr)
+    told = {"lora": loras, "embedding": embeddings}
+    return {name: ", ".join(given) for name, given in told.items() if given}
 
 
 def plan_paths(output: str | None, prompt: str, seed: int, images: int) -> Paths:

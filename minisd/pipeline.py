@@ -16,13 +16,14 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from minisd.adapters.adaptable import Adaptable
 from minisd.checkpoint.building import build, read_tokenizer, usable_device
 from minisd.checkpoint.reading import open_checkpoint
 from minisd.checkpoint.writing import Model, save
@@ -34,6 +35,9 @@ from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import CLIPTokenizer
 from minisd.unet import UNet
 from minisd.vae import VAE
+
+if TYPE_CHECKING:
+    from minisd.taps import Taps
 
 SCHEDULERS: dict[str, type[Scheduler]] = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}
 
@@ -48,11 +52,12 @@ class Step:
     x0: Tensor  # (B, 4, H/8, W/8), where the UNet now thinks that this is going: to_pictures(sd.decode(step.x0))
 
 
-class StableDiffusion:
+class StableDiffusion(Adaptable):
     """A text-to-image latent diffusion model (Rombach et al. 2022, arXiv:2112.10752), ready to run.
 
     `text_encoder`, `unet`, `vae` are torch modules, `tokenizer` a callable from strings to ids, `config` every number
-    of the architecture, `generation` the settings that the model's makers recommend (may be empty).
+    of the architecture, `generation` the settings that the model's makers recommend (may be empty). LoRAs and learnt
+    words can be loaded on top: `load_lora`, `load_embedding` (see `adapters/adaptable.py`).
     """
 
     def __init__(
@@ -66,6 +71,7 @@ class StableDiffusion:
         generation: Mapping[str, Any] | None = None,
     ) -> None:
         """`scheduler`: constructor arguments of the noise schedule, under diffusers' names."""
+        super().__init__()
         self.text_encoder, self.unet, self.vae, self.tokenizer = text_encoder, unet, vae, tokenizer
         self.config = ModelConfig(
             text_encoder=text_encoder.config, unet=unet.config, vae=vae.config, scheduler=dict(scheduler)
@@ -231,11 +237,31 @@ class StableDiffusion:
     def save(self, path: str | os.PathLike[str], layout: str = "diffusers", dtype: torch.dtype | None = None) -> None:
         """Write the model to `path`: a folder that diffusers loads too, or one file in the "compvis" layout.
 
+        LoRAs that are loaded are worked into the weights that are written, words of embeddings are in the vocabulary.
         Raises ValueError for another layout, FileExistsError where something else than a model is in the way.
         """
         modules = {"text_encoder": self.text_encoder, "unet": self.unet, "vae": self.vae}
-        states = {name: module.state_dict() for name, module in modules.items()}
+        states = self.baked({name: module.state_dict() for name, module in modules.items()})
         save(Model(states, self.config, self.tokenizer, self.generation), path, layout=layout, dtype=dtype)
+
+    def state(self) -> dict[str, Tensor]:
+        """Every weight under its prose name, "unet.down.4.attention.cross_attn.q.weight": the model's own memory.
+
+        Who writes into one of these tensors operates on the model: `sd.state()[name][:80] = 0`.
+        """
+        parts = {"unet": self.unet, "vae": self.vae, "text_encoder": self.text_encoder}
+        return {
+            f"{part}.{name}": weight for part, module in parts.items() for name, weight in module.state_dict().items()
+        }
+
+    def taps(self, *patterns: str, **settings: Any) -> "Taps":
+        """Read, or edit, anything inside while the model works: see `minisd/taps.py`.
+
+        `with sd.taps("unet.*.cross_attn.probabilities", keep=True) as taps: sd.text_to_image(...)`
+        """
+        from minisd.taps import Taps
+
+        return Taps(self, *patterns, **settings)
 
     @property
     def device(self) -> torch.device:

@@ -4,6 +4,8 @@ In: ids (B, 77) from `tokenizer.py`. Out: (B, 77, 768), the `context` that the U
 Next in the walk: `unet.py`.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -70,3 +72,8 @@ class TextEncoder(nn.Module):
         for layer in self.layers[: len(self.layers) - clip_skip]:
             x = layer(x)
         return self.final_norm(x)
+
+    def take_table(self, table: Tensor) -> None:
+        """Use another table of token vectors (vocabulary, width), a Parameter: one that knows more words, or fewer."""
+        self.token_embedding.weight, self.token_embedding.num_embeddings = table, len(table)
+        self.config = replace(self.config, vocabulary=len(table))

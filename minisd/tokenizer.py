@@ -7,13 +7,15 @@ done by the `tokenizers` library; this file gives it CLIP's rules and vocabulary
 import gzip
 import json
 import os
+import re
+from collections.abc import Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
 from minisd.checkpoint.errors import CheckpointError
@@ -30,12 +32,22 @@ class CLIPTokenizer:
     """Lower-case, byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909) whose words end in `</w>`."""
 
     def __init__(
-        self, vocabulary: dict[str, int], merges: list[tuple[str, str]], *, pad_token: str, context_length: int
+        self,
+        vocabulary: dict[str, int],
+        merges: list[tuple[str, str]],
+        *,
+        pad_token: str,
+        context_length: int,
+        added: Sequence[str] = (),
     ) -> None:
-        """`vocabulary` maps tokens to ids; `merges` are pairs in the order in which they are applied."""
+        """`vocabulary` maps tokens to ids; `merges` are pairs in the order in which they are applied.
+
+        `added`: tokens of the vocabulary that are found as they stand, whatever their case, before words are cut
+        (textual inversion). Where "name_1", "name_2", ... were added too, "name" in a prompt means all of them.
+        """
         self.vocabulary, self.merges = vocabulary, merges
-        self.pad_token, self.context_length = pad_token, context_length
-        for token in (START, END, pad_token):
+        self.pad_token, self.context_length, self.added = pad_token, context_length, tuple(added)
+        for token in (START, END, pad_token, *added):
             if token not in vocabulary:
                 raise CheckpointError(f"the tokenizer's vocabulary has no {token!r}")
         try:
@@ -56,6 +68,7 @@ class CLIPTokenizer:
             (END, vocabulary[END]), (START, vocabulary[START]), trim_offsets=False, add_prefix_space=False
         )
         self._bpe.add_special_tokens(list(dict.fromkeys((START, END, pad_token))))
+        self._bpe.add_tokens([AddedToken(token, normalized=True) for token in self.added])
         self._bpe.enable_truncation(context_length)
         self._bpe.enable_padding(length=context_length, pad_id=vocabulary[pad_token], pad_token=pad_token)
 
@@ -80,8 +93,11 @@ class CLIPTokenizer:
         else:
             vocabulary, merges = read_vocabulary(folder / "vocab.json"), read_merges(folder / "merges.txt")
         settings = read_settings(folder)
+        own = {START, END, settings["pad_token"]}
+        added = {token: index for token, index in read_added(folder).items() if token not in own}
+        vocabulary = checked_vocabulary(folder, {**vocabulary, **added})
         try:
-            return cls(vocabulary, merges, **settings)
+            return cls(vocabulary, merges, added=list(added), **settings)
         except CheckpointError as error:
             raise CheckpointError(f"{folder}: {error}") from None
 
@@ -93,18 +109,35 @@ class CLIPTokenizer:
         texts = [texts] if isinstance(texts, str) else texts
         for text in texts:
             check_unicode(text)
+        texts = [self.spelt_out(text) for text in texts]
         return torch.tensor([encoding.ids for encoding in self._bpe.encode_batch(texts)], dtype=torch.int64)
 
     def tokens(self, text: str) -> list[str]:
         """The tokens of one prompt as they read, start and end included, padding not. Raises ValueError as above."""
         check_unicode(text)
-        encoding = self._bpe.encode(text)
+        encoding = self._bpe.encode(self.spelt_out(text))
         return [token for token, kept in zip(encoding.tokens, encoding.attention_mask, strict=True) if kept]
+
+    def spelt_out(self, text: str) -> str:
+        """`text` with "name name_1 name_2" for each added "name" that has several vectors."""
+        if not self.added:
+            return text
+        longest_first = sorted(self.added, key=len, reverse=True)
+        return re.sub("|".join(map(re.escape, longest_first)), self._all_of, text, flags=re.IGNORECASE)
+
+    def _all_of(self, found: re.Match[str]) -> str:
+        tokens, number = [found[0]], 1
+        lower = found[0].lower()
+        numbered = {token.lower(): token for token in self.added}
+        while f"{lower}_{number}" in numbered:
+            tokens.append(numbered[f"{lower}_{number}"])
+            number += 1
+        return " ".join(tokens)
 
     def to_json(self) -> str:
         """Everything that makes this tokenizer, as one text; `from_json` reads it."""
         merges = [f"{left} {right}" for left, right in self.merges]
-        settings = {"pad_token": self.pad_token, "context_length": self.context_length}
+        settings = {"pad_token": self.pad_token, "context_length": self.context_length, "added": self.added}
         return json.dumps({"vocabulary": self.vocabulary, "merges": merges, **settings}, ensure_ascii=False)
 
     @classmethod
@@ -115,8 +148,11 @@ class CLIPTokenizer:
             merges = [(left, right) for left, _, right in (line.partition(" ") for line in stored["merges"])]
             vocabulary = checked_vocabulary("metadata", stored["vocabulary"])
             settings = checked_settings("metadata", stored["pad_token"], stored["context_length"])
+            settings["added"] = checked_names("metadata", stored.get("added", []))
             return cls(vocabulary, merges, **settings)
-        except (json.JSONDecodeError, RecursionError, KeyError, TypeError, AttributeError):
+        except CheckpointError:
+            raise
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
             raise CheckpointError("broken tokenizer in the file's metadata") from None
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -126,11 +162,14 @@ class CLIPTokenizer:
         special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": self.pad_token}
         settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.context_length, **special}
         merges = "\n".join(f"{left} {right}" for left, right in self.merges)
+        added = {token: self.vocabulary[token] for token in self.added}
+        plain = {token: index for token, index in self.vocabulary.items() if token not in added}
         texts = {
-            "vocab.json": json.dumps(self.vocabulary, ensure_ascii=False),
+            "vocab.json": json.dumps(plain, ensure_ascii=False),
             "merges.txt": f"#version: 0.2\n{merges}\n",
             "tokenizer_config.json": json.dumps(settings, indent=2),
             "special_tokens_map.json": json.dumps(special, indent=2),
+            **({"added_tokens.json": json.dumps(added, ensure_ascii=False, indent=2)} if added else {}),
         }
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
@@ -181,12 +220,42 @@ def read_tokenizer_json(path: Path) -> tuple[dict[str, int], list[tuple[str, str
     stored = read_json(path)
     try:
         model = stored["model"]
-        vocabulary = {**model["vocab"], **{token["content"]: token["id"] for token in stored.get("added_tokens") or []}}
+        vocabulary = {**model["vocab"], **added_of(stored)}
         rows = [row.split(" ") if isinstance(row, str) else row for row in model["merges"]]
         merges = [(left, right) for left, right in rows]
     except (KeyError, TypeError, ValueError, AttributeError):
         raise CheckpointError(f"{path}: is not a byte-pair tokenizer") from None
     return checked_vocabulary(path, vocabulary), merges
+
+
+def added_of(stored: dict[str, Any]) -> dict[str, int]:
+    return {token["content"]: token["id"] for token in stored.get("added_tokens") or []}
+
+
+def read_added(folder: Path) -> dict[str, int]:
+    """The tokens that were added to a finished vocabulary, from whichever of the three files tells them."""
+    added: dict[str, int] = {}
+    try:
+        if (folder / "tokenizer.json").is_file():
+            added |= added_of(read_json(folder / "tokenizer.json"))
+        if (folder / "added_tokens.json").is_file():
+            added |= read_json(folder / "added_tokens.json")
+        if (folder / "tokenizer_config.json").is_file():
+            settings = read_json(folder / "tokenizer_config.json")
+            listed = settings.get("added_tokens_decoder", {}) if isinstance(settings, dict) else {}
+            added |= {token["content"]: int(index) for index, token in listed.items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{folder}: its added tokens are not a table from tokens to ids") from None
+    checked_names(folder, list(added))
+    return added
+
+
+def checked_names(folder: Path | str, added: Any) -> list[str]:
+    if not isinstance(added, list) or not all(isinstance(token, str) and token for token in added):
+        raise CheckpointError(f"{folder}: its added tokens are not a list of texts")
+    return added
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -5,13 +5,15 @@
     python scripts/benchmark.py --only load --rounds 5
 
 Below 1 minisd needs less. The calls are timed in one process, which holds one set of weights for both sides; loading is
-timed in a new process each time, from its start to the loaded pipeline.
+timed in a new process each time, from its start to the loaded pipeline. So are the workbench's commands, beside `cp` of
+as many bytes as they write (or read), and beside diffusers' own conversion (5 and 13 GB more of disk).
 """
 
 import argparse
 import contextlib
 import gc
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -39,6 +41,21 @@ LOAD = {
     "diffusers": "from diffusers import StableDiffusionPipeline as P; P.from_pretrained({path!r}, safety_checker=None)",
 }
 
+DIFFUSERS_CONVERSION = (
+    "from diffusers import StableDiffusionPipeline as P; "
+    "P.from_single_file({single!r}, config={folder!r}, local_files_only=True, safety_checker=None)"
+    ".save_pretrained({out!r})"
+)
+
+# A new process starts with its parent's memory on its account: so its parent is a small one.
+MEASURED = """
+import os, subprocess, sys, time
+start = time.perf_counter()
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+_, status, usage = os.wait4(process.pid, 0)
+print(status, time.perf_counter() - start, usage.ru_maxrss)
+"""
+
 
 @dataclass
 class Row:
@@ -61,14 +78,15 @@ class Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure minisd beside diffusers.")
     parser.add_argument("--model", type=Path, help="a folder in diffusers' layout (default: SD 1.5, random weights)")
-    parser.add_argument("--only", choices=["unet", "vae", "load"], help="one part of the benchmark")
+    parser.add_argument("--only", choices=["load", "unet", "vae", "workbench"], help="one part of the benchmark")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each side (default: 5)")
     options = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.rounds} rounds")
-    print("| what | minisd | diffusers | ratio of medians | pair by pair |\n|---|---|---|---|---|")
+    print("| what | minisd | the other | ratio of medians | pair by pair |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.model or random_sd15(Path(scratch) / "sd15")
-        for part, measure in (("load", measure_loading), ("unet", measure_unet), ("vae", measure_vae)):
+        measures = {"load": measure_loading, "unet": measure_unet, "vae": measure_vae, "workbench": measure_workbench}
+        for part, measure in measures.items():
             if options.only in (None, part):
                 for row in measure(folder, options.rounds):
                     print(row, flush=True)
@@ -141,30 +159,57 @@ def measure_vae(folder: Path, rounds: int) -> Iterator[Row]:
 
 def measure_loading(folder: Path, rounds: int) -> Iterator[Row]:
     """A new process, from its start to the loaded pipeline; and the most memory that it held."""
-    seconds: dict[str, list[float]] = {side: [] for side in LOAD}
-    memory: dict[str, list[float]] = {side: [] for side in LOAD}
-    for round_number in tqdm(range(rounds + 1), desc="loading", leave=False, disable=None):
-        for side, code in LOAD.items():
-            elapsed, peak = run_once(code.format(path=str(folder)))
+    ours, theirs = ([sys.executable, "-c", code.format(path=str(folder))] for code in LOAD.values())
+    yield from processes("new process to loaded pipeline, beside diffusers", ours, theirs, rounds)
+
+
+def measure_workbench(folder: Path, rounds: int) -> Iterator[Row]:
+    """The commands that read and write whole models, beside `cp` of one, and beside diffusers' conversion."""
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        here = Path(scratch)
+        single, other, out = here / "single.safetensors", here / "other.safetensors", here / "out"
+        command = [sys.executable, "-m", "minisd"]
+        subprocess.run([*command, "convert", "-q", folder, single], check=True, stdout=subprocess.DEVNULL)
+        shutil.copy(single, other)
+        for what, arguments in {
+            "inspect": ["inspect", single],
+            "convert to a folder": ["convert", "-q", single, out],
+            "convert to float16": ["convert", "-q", single, out, "--dtype", "float16"],
+            "diff": ["diff", "-q", single, other],
+            "merge": ["merge", "-q", single, other, out],
+        }.items():
+            copy = ["cp", str(single), str(here / "copy.safetensors")]
+            yield from processes(f"{what}, beside cp", [*command, *map(str, arguments)], copy, rounds)
+        code = DIFFUSERS_CONVERSION.format(single=str(single), folder=str(folder), out=str(here / "theirs"))
+        convert = [*command, "convert", "-q", str(single), str(out)]
+        yield from processes("convert, beside diffusers", convert, [sys.executable, "-c", code], rounds)
+
+
+def processes(what: str, ours: list[str], theirs: list[str], rounds: int) -> Iterator[Row]:
+    """Two commands in turn, after one warm-up each: how long, and with how much memory at most."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    memory: tuple[list[float], list[float]] = ([], [])
+    for round_number in tqdm(range(rounds + 1), desc=what, leave=False, disable=None):
+        for side, command in enumerate((ours, theirs)):
+            elapsed, peak = run_once(command)
             if round_number:
                 seconds[side].append(elapsed)
                 memory[side].append(peak / 1e9)
-    yield Row("new process to loaded pipeline", seconds["minisd"], seconds["diffusers"], "s")
-    yield Row("most memory while loading", memory["minisd"], memory["diffusers"], "GB")
+    if theirs[0] != "cp":
+        yield Row(what, *seconds, "s")
+        yield Row(f"{what}: most memory", *memory, "GB")
+    else:
+        yield Row(f"{what} (in {statistics.median(memory[0]):.2f} GB of memory)", *seconds, "s")
 
 
-def run_once(code: str) -> tuple[float, float]:
-    """Run Python code in a new process: wall seconds, and the largest resident memory in bytes."""
+def run_once(command: list[str]) -> tuple[float, float]:
+    """Run a command in a new process: wall seconds, and the largest resident memory in bytes."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-    start = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    _, status, usage = os.wait4(process.pid, 0)
-    elapsed = time.perf_counter() - start
-    if status:
-        raise SystemExit(f"error: this failed in a new process: {code}")
-    return elapsed, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    outer = [sys.executable, "-S", "-c", MEASURED, *command]
+    told = subprocess.run(outer, env=environment, capture_output=True, text=True, check=True).stdout.split()
+    if int(told[0]):
+        raise SystemExit(f"error: this failed in a new process: {' '.join(command)}")
+    return float(told[1]), int(told[2]) * (1 if sys.platform == "darwin" else 1024)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,13 @@ import argparse
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from emoji_data import Figure, Scene, Studio, contact_sheet
 from evaluate_emoji import GUIDANCES, STEPS, every_step
+from page import run_section
 from PIL import Image
 
 from minisd.pipeline import StableDiffusion, to_pictures
@@ -159,6 +161,15 @@ def guided(sd: StableDiffusion) -> Image.Image:
     return contact_sheet(pictures, labels, 4)
 
 
+def surgery(sd: StableDiffusion) -> Image.Image:
+    """What the README's experiments on the weights do."""
+    own = [sd.text_to_image(prompt, steps=20, guidance_scale=4.0, seed=4)[0] for prompt in ("cat face", "red heart")]
+    with TemporaryDirectory() as folder:
+        made = run_section("Surgery", Path(folder))
+    labels = ["cat face", "a head silent", "red heart", "two blocks swapped", "a rounded VAE"]
+    return contact_sheet([own[0], made["silent"], own[1], made["swapped"], made["rounded"]], labels, 5)
+
+
 def schedule(sd: StableDiffusion) -> Image.Image:
     """The model's noise schedule."""
     return as_picture(sd.make_scheduler("ddim"), 10)
@@ -173,6 +184,7 @@ FIGURES: dict[str, Callable[[StableDiffusion], Image.Image]] = {
     "inversion": inversion,
     "interpolation": interpolation,
     "guided": guided,
+    "surgery": surgery,
     "schedule": schedule,
 }
 

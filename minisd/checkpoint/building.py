@@ -63,7 +63,10 @@ def read_tokenizer(checkpoint: Checkpoint, tokenizer: str | os.PathLike[str] | C
     elif tokenizer is not None:
         found = CLIPTokenizer.from_folder(tokenizer)
     elif isinstance(checkpoint.tokenizer, str):
-        found = CLIPTokenizer.from_json(checkpoint.tokenizer)
+        try:
+            found = CLIPTokenizer.from_json(checkpoint.tokenizer)
+        except CheckpointError as error:
+            raise CheckpointError(f"{checkpoint.path}: {error}") from None
     elif checkpoint.tokenizer is not None:
         found = CLIPTokenizer.from_folder(checkpoint.tokenizer)
     else:

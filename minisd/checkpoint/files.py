@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minisd.checkpoint.errors import CheckpointError
-from minisd.checkpoint.header import TensorInfo, read_header
+from minisd.checkpoint.header import WAY_OUT, TensorInfo, read_header
 from minisd.checkpoint.sources import STEMS, index_name, single_name, variant_of
 from minisd.checkpoint.textfiles import read_json_object
 
@@ -64,5 +64,5 @@ def open_component_folder(folder: Path, component: str, *, half: bool, weights: 
         index = folder / index_name(stem, variant)
         return open_files(shard_paths(index), index)
     if any(name.endswith((".bin", ".ckpt", ".pt")) for name in names):
-        raise CheckpointError(f"{folder}: holds pickles only, which may run code when opened: minisd reads safetensors")
+        raise CheckpointError(f"{folder}: holds pickles only, which may run code when opened: {WAY_OUT}")
     raise CheckpointError(f"{folder}: has no {STEMS[component]}.safetensors")

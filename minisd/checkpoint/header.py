@@ -9,6 +9,7 @@ import json
 import os
 import stat
 import struct
+from collections import Counter
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import BinaryIO
 from minisd.checkpoint.errors import CheckpointError
 
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
+MAX_AXES = 64  # torch's limit; the product of a million sizes would take minutes
 
 # dtype -> bits of one element
 DTYPE_BITS = {
@@ -26,14 +28,16 @@ DTYPE_BITS = {
     "U64": 64, "I64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
 
+WAY_OUT = "`minisd convert --from-pickle` makes safetensors of it and runs nothing"
+
 # What people find instead of a safetensors file, by its first bytes.
 IMPOSTORS = (
     (b"version https://git-lfs", "a git-LFS pointer, not the weights: fetch the real file with `git lfs pull`"),
     (b"<!doctype html", "a web page (HTML), not weights: the download went wrong"),
     (b"<html", "a web page (HTML), not weights: the download went wrong"),
     (b"gguf", "a GGUF file: quantised weights that minisd does not read"),
-    (b"pk\x03\x04", "a zip, probably a PyTorch pickle, which may run code when opened: minisd reads safetensors only"),
-    (b"\x80", "a pickle, which may run code when opened: minisd reads safetensors only"),
+    (b"pk\x03\x04", f"a zip, probably a PyTorch pickle, which may run code when opened: {WAY_OUT}"),
+    (b"\x80", f"a pickle, which may run code when opened: {WAY_OUT}"),
 )
 
 
@@ -88,8 +92,10 @@ def parse_header(path: Path, first: bytes, file: BinaryIO, size: int) -> Header:
     if size < 8:
         raise CheckpointError(f"{path}: is not a safetensors file: {size} bytes are too short")
     (length,) = struct.unpack("<Q", first)
-    if beginning[8:9] != b"{" or length > MAX_HEADER:
+    if beginning[8:9] != b"{":
         raise CheckpointError(f"{path}: is not a safetensors file: it does not begin with a header")
+    if length > MAX_HEADER:
+        raise CheckpointError(f"{path}: broken header: it claims {length:,} bytes, more than the format's 100 MB")
     if 8 + length > size:
         raise CheckpointError(f"{path}: is truncated: its header alone claims {length:,} bytes, the file has {size:,}")
     file.seek(8)
@@ -108,14 +114,15 @@ def parse_json(path: Path, text: bytes) -> dict:
     def no_twins(pairs: list[tuple[str, object]]) -> dict:
         entries = dict(pairs)
         if len(entries) != len(pairs):
-            names = [name for name, _ in pairs]
-            twin = next(name for name in names if names.count(name) > 1)
+            (twin, _), *_ = Counter(name for name, _ in pairs).most_common(1)
             raise CheckpointError(f"{path}: broken header: the name {twin!r} appears twice")
         return entries
 
     try:
         entries = json.loads(text.decode("utf-8"), object_pairs_hook=no_twins)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of thousands of digits
         raise CheckpointError(f"{path}: broken header: it is not JSON ({type(error).__name__})") from None
     if not isinstance(entries, dict):
         raise CheckpointError(f"{path}: broken header: it is not a JSON object")
@@ -134,7 +141,7 @@ def parse_entry(path: Path, name: str, entry: object, data_start: int) -> Tensor
     dtype, shape, offsets = (entry.get(field) for field in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise CheckpointError(f"{broken} has the unknown dtype {str(dtype)[:40]!r}")
-    if not isinstance(shape, list) or not all(is_count(n) for n in shape):
+    if not isinstance(shape, list) or len(shape) > MAX_AXES or not all(is_count(n) for n in shape):
         raise CheckpointError(f"{broken} has no valid shape")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(is_count(n) for n in offsets):
         raise CheckpointError(f"{broken} has no valid data offsets")

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
+from math import prod
 
 from minisd.checkpoint.errors import CheckpointError
 from minisd.checkpoint.header import TensorInfo
@@ -123,6 +124,7 @@ IGNORABLE: tuple[tuple[str, str, frozenset[str]], ...] = tuple(
         ("LoRA", "a change to the weights that is not applied", "lora_te_ lora_unet_"),
         ("textual inversion", "embeddings that are not applied", "embedding_manager."),
         ("sampler settings", "hints for samplers", "denoiser. v_pred ztsnr edm_"),
+        ("8-bit settings", "minisd computes in full precision", "scaled_fp8 model.diffusion_model.scaled_fp8"),
     )
 )
 
@@ -134,6 +136,8 @@ def ignorable(name: str) -> str | None:
         for label, _, members in IGNORABLE:
             if bare in members or any(bare.startswith(m) for m in members if m[-1] in "._"):
                 return label
+    if name.endswith((".scale_input", ".input_scale")):
+        return "8-bit settings"
     return "position ids" if name.endswith("embeddings.position_ids") else None
 
 
@@ -151,17 +155,41 @@ STRANGERS = (
     ("a TAESD autoencoder", "taesd_decoder. encoder.layers.0.weight decoder.layers.1.weight"),
 )
 LORA_MARKS = (
-    ".lora_down. .lora_up. .lora_mid. .lora_A. .lora_B. _lora.down. _lora.up. .lora.down. .lora.up. .hada_w1_a .lokr_w1"
+    ".lora_down. .lora_up. .lora_mid. .lora_A. .lora_B. _lora.down. _lora.up. .lora.down. .lora.up. .hada_w .lokr_w "
+    ".lora_magnitude_vector"
 ).split()
+LORA_PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
+EMBEDDING_WIDTHS = (768, 1024, 1280)  # SD 1.x, SD 2.x, the second text encoder of SDXL
+
+
+LORA, EMBEDDING = "a LoRA: a change to a model, not a model", "a textual inversion embedding"
+
+
+def way_out(other: str) -> str:
+    """What to do with a file that turned out to be something else."""
+    hints = {LORA: "give it to load_lora() or --lora", EMBEDDING: "give it to load_embedding() or --embedding"}
+    return hints.get(other, "minisd knows Stable Diffusion 1.x")
+
+
+def is_lora(name: str) -> bool:
+    return name.startswith(LORA_PREFIXES) or any(mark in name for mark in LORA_MARKS)
+
+
+def is_embedding(tensors: Tensors) -> bool:
+    """A few vectors of a width that text encoders have, and nothing else."""
+    if {"emb_params", "clip_l", "clip_g"} & tensors.keys():
+        return len(tensors) < 10
+    shapes = [info.shape for info in tensors.values()]
+    return 0 < len(shapes) < 10 and all(len(shape) in (1, 2) and shape[-1] in EMBEDDING_WIDTHS for shape in shapes)
 
 
 def stranger(tensors: Tensors) -> str | None:
     """What else the file is, if it is not Stable Diffusion 1.x: a name for people, or None."""
-    if tensors and sum(any(mark in name for mark in LORA_MARKS) for name in tensors) > len(tensors) // 3:
-        return "a LoRA: a change to a model, not a model"
+    if tensors and sum(map(is_lora, tensors)) > len(tensors) // 3:
+        return LORA
     has_unet = bool(namings("unet", tensors))
-    if tensors and len(tensors) < 10 and {"emb_params", "clip_l", "clip_g"} & tensors.keys():
-        return "a textual inversion embedding"
+    if is_embedding(tensors):
+        return EMBEDDING
     for label, marks in STRANGERS:
         small_part = label.startswith("a ControlNet") and has_unet
         if not small_part and any(name.startswith(tuple(marks.split())) for name in tensors):
@@ -274,10 +302,19 @@ INFER = {"unet": infer_unet, "vae": infer_vae, "text_encoder": infer_text_encode
 
 @dataclass(frozen=True)
 class Match:
-    """Where every weight of a component is: minisd's name -> (the file's name, the shape that the model wants)."""
+    """Where every weight of a component is: minisd's name -> (the file's name, the shape that the model wants).
+
+    `scales`: minisd's name -> the tensor that an 8-bit weight has to be multiplied by.
+    """
 
     naming: Naming
     sources: dict[str, tuple[str, tuple[int, ...]]]
+    scales: dict[str, str]
+
+    @property
+    def used(self) -> set[str]:
+        """The file's names of everything that the component needs."""
+        return {name for name, _ in self.sources.values()} | set(self.scales.values())
 
 
 def same_but_for_ones(file_shape: tuple[int, ...], shape: tuple[int, ...]) -> bool:
@@ -288,7 +325,7 @@ def same_but_for_ones(file_shape: tuple[int, ...], shape: tuple[int, ...]) -> bo
 
 def match(keys: list[Key], tensors: Tensors, naming: Naming, problems: "Problems") -> Match:
     """Find each key's tensor in the file. What is wrong goes to `problems`."""
-    sources = {}
+    sources, scales = {}, {}
     for key in keys:
         present = [name for name in naming.names(key) if name in tensors]
         if len(present) > 1:
@@ -299,7 +336,26 @@ def match(keys: list[Key], tensors: Tensors, naming: Naming, problems: "Problems
             problems.shape.append((present[0], tensors[present[0]].shape, naming.shape(key)))
         else:
             sources[key.minisd] = present[0], key.shape
-    return Match(naming, sources)
+            scale = scale_of(present[0], tensors)
+            if scale is not None:
+                scales[key.minisd] = scale
+                if not scales_rows(tensors[scale], key.shape):
+                    problems.scale.append((scale, tensors[scale].shape))
+    return Match(naming, sources, scales)
+
+
+def scale_of(name: str, tensors: Tensors) -> str | None:
+    """The tensor that the 8-bit weight `name` has to be multiplied by: ComfyUI's name for it, or diffusers'."""
+    if not tensors[name].dtype.startswith("F8"):
+        return None
+    names = (name.removesuffix(".weight") + end for end in (".scale_weight", ".weight_scale"))
+    return next((scale for scale in names if scale in tensors), None)
+
+
+def scales_rows(scale: TensorInfo, shape: tuple[int, ...]) -> bool:
+    """Is it one floating-point number for the whole weight, or one for each row?"""
+    rows = (1, shape[0]) if scale.shape else (1,)
+    return scale.dtype in ("F32", "F16", "BF16", "F64") and prod(scale.shape) in rows and prod(scale.shape[1:]) == 1
 
 
 class Problems:
@@ -310,6 +366,7 @@ class Problems:
         self.unexpected: list[str] = []
         self.shape: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
         self.twice: list[tuple[str, str]] = []
+        self.scale: list[tuple[str, tuple[int, ...]]] = []
 
     def raise_for(self, where: str) -> None:
         """Raise CheckpointError if there is any problem: a few of each kind, with how many there are in all."""
@@ -321,8 +378,13 @@ class Problems:
                 [f"{name}: {list(got)} in the file, {list(want)} in the model" for name, got, want in self.shape],
             ),
             ("there under two names", [f"{one} and {other}" for one, other in self.twice]),
+            (
+                "with a scale that minisd does not understand",
+                [f"{name} {list(shape)} (known: one number, or one a row)" for name, shape in self.scale],
+            ),
         )
-        lines = [f"{where}: {', '.join(f'{len(rows):,} tensors {kind}' for kind, rows in lists if rows)}"]
+        counts = [f"{len(rows):,} tensor{'s' * (len(rows) > 1)} {kind}" for kind, rows in lists if rows]
+        lines = [f"{where}: {', '.join(counts)}"]
         for kind, rows in lists:
             lines += [f"  {kind}: {row}" for row in rows[:4]]
             lines += [f"  {kind}: and {len(rows) - 4:,} more"] if len(rows) > 4 else []

@@ -14,27 +14,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minisd.checkpoint import configs
 from minisd.checkpoint.errors import CheckpointError
 from minisd.checkpoint.files import Files, open_component_folder, open_files
 from minisd.checkpoint.keymap import COMPONENTS, KEYS
-from minisd.checkpoint.layouts import INFER, TITLES, Match, Naming, Problems, ignorable, match, namings, stranger
+from minisd.checkpoint.layouts import (
+    INFER,
+    TITLES,
+    Match,
+    Naming,
+    Problems,
+    ignorable,
+    match,
+    namings,
+    stranger,
+    way_out,
+)
 from minisd.checkpoint.sources import GENERATION_CONFIG, resolve
 from minisd.checkpoint.textfiles import read_json_object
+from minisd.checkpoint.values import DTYPES, Values, read_tensor
 from minisd.config import SD15, ModelConfig
 from minisd.schedulers import DDIMScheduler
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def leftovers(files: Files, components: list[Component], problems: Problems, spa
 
     `spare` names a second set of UNet weights, raw or averaged, of which the other one was chosen.
     """
-    known = {source for component in components for source, _ in component.match.sources.values()}
+    known = set().union(*(component.match.used for component in components))
     known |= {name for name, _, _ in problems.shape}
     for component in components:
         if spare is not None and component.match.naming.component == "unet":
@@ -111,13 +113,19 @@ def open_folder(path: Path, *, half: bool, weights: str, skip: tuple[str, ...]) 
 
 def read_scheduler(path: Path) -> dict[str, Any]:
     """scheduler_config.json: a noise schedule that DDIM can follow, whichever scheduler wrote it."""
-    settings = {name: value for name, value in read_json_object(path).items() if not name.startswith("_")}
+    settings = checked_schedule(read_json_object(path), str(path))
+    # diffusers' pipeline forces these two on whatever schedule it is given, and pictures depend on them.
+    return settings | {"clip_sample": False, "steps_offset": 1}
+
+
+def checked_schedule(stored: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The settings of a noise schedule. Raises CheckpointError for values that are impossible."""
+    settings = {name: value for name, value in stored.items() if not name.startswith("_")}
     try:
         DDIMScheduler.from_config({"num_train_timesteps": 1000} | settings)
     except (ValueError, TypeError, OverflowError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    # diffusers' pipeline forces these two on whatever schedule it is given, and pictures depend on them.
-    return settings | {"clip_sample": False, "steps_offset": 1}
+        raise CheckpointError(f"{where}: {error}") from None
+    return settings
 
 
 def open_component(folder: Path, name: str, *, half: bool, weights: str, notes: list[str]) -> Component:
@@ -161,7 +169,7 @@ def stored_json(files: Files, name: str) -> dict[str, Any] | None:
     """A JSON object in a file's metadata, or None."""
     try:
         stored = json.loads(files.metadata.get(name, "null"))
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         stored = False
     if stored is not None and not isinstance(stored, dict):
         raise CheckpointError(f"{files.path}: its metadata holds a broken {name}")
@@ -173,9 +181,10 @@ def stored_config(files: Files) -> ModelConfig | None:
     stored = stored_json(files, "minisd.config")
     if stored is None:
         return None
+    where = f"{files.path} (metadata)"
     try:
-        parts = {name: configs.READERS[name](stored[name], f"{files.path} (metadata)", []) for name in COMPONENTS}
-        return ModelConfig(**parts, scheduler=dict(stored["scheduler"]))
+        parts = {name: configs.READERS[name](stored[name], where, []) for name in COMPONENTS}
+        return ModelConfig(**parts, scheduler=checked_schedule(stored["scheduler"], where))
     except (KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{files.path}: its metadata holds a broken minisd.config") from None
 
@@ -188,17 +197,17 @@ def open_single_file(path: Path, *, weights: str, skip: tuple[str, ...]) -> Chec
     present = [TITLES[name] for name in COMPONENTS if found[name]]
     other = stranger(files.tensors)
     if other:
-        raise CheckpointError(f"{path}: is {other}; minisd loads Stable Diffusion 1.x")
+        raise CheckpointError(f"{path}: is {other}; {way_out(other)}")
     if not present:
         names = ", ".join(sorted(files.tensors)[:3])
         raise CheckpointError(f"{path}: is not a Stable Diffusion model (its tensors: {names or 'none'} ...)")
     missing = [name for name in COMPONENTS if not found[name] and name not in skip]
     if missing:
-        way_out = "; give a VAE with vae=" if missing == ["vae"] else ""
+        hint = "; give a VAE with vae=" if missing == ["vae"] else ""
         if present == ["VAE"]:
-            way_out = "; give it with vae= beside a model"
+            hint = "; give it with vae= beside a model"
         only = f"holds a {' and a '.join(present)} only"
-        raise CheckpointError(f"{path}: {only}: no {' and no '.join(TITLES[n] for n in missing)}{way_out}")
+        raise CheckpointError(f"{path}: {only}: no {' and no '.join(TITLES[n] for n in missing)}{hint}")
     stored = stored_config(files)
     problems = Problems()
     components = {}
@@ -320,32 +329,12 @@ def check_fit(checkpoint: Checkpoint) -> None:
         )
 
 
-def memory_mapped(path: Path) -> Any:
-    """The open file. Raises CheckpointError where safetensors will not have it: a path that is not UTF-8, say."""
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from None
-
-
-def read_tensor(files: Files, name: str) -> Tensor:
-    with memory_mapped(files.location[name]) as file:
-        return file.get_tensor(name)
-
-
 def read_state(component: Component, *, dtype: torch.dtype | None, device: torch.device) -> dict[str, Tensor]:
     """A component's state dict under minisd's names: memory-mapped where nothing has to be converted.
 
-    `dtype=None` keeps the dtype that most of the component's tensors have.
+    `dtype=None` keeps the dtype that most of the component's tensors have; 8-bit floats become float32.
     """
-    files, sources = component.files, component.match.sources
+    values = Values(component.files, component.match)
     if dtype is None:
-        dtype = DTYPES[Counter(files.tensors[name].dtype for name, _ in sources.values()).most_common(1)[0][0]]
-    state = {}
-    opened: dict[Path, Any] = {}
-    for minisd_name, (name, shape) in sources.items():
-        path = files.location[name]
-        if path not in opened:
-            opened[path] = memory_mapped(path)
-        state[minisd_name] = opened[path].get_tensor(name).reshape(shape).to(device=device, dtype=dtype)
-    return state
+        dtype = Counter(values.dtype(name) for name in values).most_common(1)[0][0]
+    return {name: values[name].to(device=device, dtype=dtype) for name in values}

@@ -5,6 +5,7 @@ path or a hub repository id. huggingface_hub does the fetching: its cache, its o
 token apply. This file needs the standard library only, until something is fetched.
 """
 
+import hashlib
 import os
 import sys
 from collections.abc import Iterable
@@ -146,7 +147,29 @@ def fetch(repository: str, *, half: bool, weights: str, component: str | None) -
         return Path(str(places[wanted[0]])).parents[wanted[0].count("/")]
     gigabytes = sum(sizes[name] for name in absent) / 1e9
     print(f"Fetching {repository}: {gigabytes:.2f} GB into {HF_HUB_CACHE}", file=sys.stderr)
-    return Path(snapshot_download(repository, allow_patterns=wanted))
+    folder = Path(snapshot_download(repository, allow_patterns=wanted))
+    promised = {file.rfilename: file.lfs.sha256 for file in info.siblings or [] if file.lfs}
+    for name in absent:
+        check_sum(repository, folder / name, promised.get(name))
+    return folder
+
+
+def check_sum(repository: str, path: Path, promised: str | None) -> None:
+    """A fetched file must be what the hub says it is; what is not leaves the cache again."""
+    if promised is None or sha256(path) == promised:
+        return
+    path.resolve().unlink()  # the content, to which the name in the snapshot is a link
+    path.unlink(missing_ok=True)
+    raise CheckpointError(f"{repository}: {path.name} is not what the hub promised (its sha256 differs): try again")
+
+
+def sha256(path: Path) -> str:
+    """The file's sum, in hexadecimal."""
+    digest, piece = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(piece):
+            digest.update(piece[:count])
+    return digest.hexdigest()
 
 
 def cached(repository: str) -> Path | None:

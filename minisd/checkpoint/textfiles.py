@@ -22,7 +22,9 @@ def read_json(path: Path) -> Any:
     """The file's JSON value. Raises CheckpointError where it is not JSON."""
     try:
         return json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits
         raise CheckpointError(f"{path}: is not JSON ({error})") from None
 
 

@@ -21,7 +21,7 @@ from minisd.checkpoint import configs
 from minisd.checkpoint.keymap import COMPONENTS, COMPVIS_PREFIX, model_keys
 from minisd.checkpoint.sources import GENERATION_CONFIG, STEMS, single_name
 from minisd.config import ModelConfig
-from minisd.tokenizer import CLIPTokenizer
+from minisd.tokenizer import END, START, CLIPTokenizer
 
 # What diffusers calls the classes of each folder, in model_index.json.
 MODEL_INDEX = {
@@ -125,7 +125,11 @@ def write_folder(model: Model, folder: Path, dtype: torch.dtype | None) -> None:
 def write_settings(folder: Path, config: ModelConfig, tokenizer: CLIPTokenizer, generation: Mapping[str, Any]) -> None:
     """What a folder in diffusers' layout holds beside the weights."""
     for component in COMPONENTS:
-        write_json(folder / component / "config.json", configs.WRITERS[component](getattr(config, component)))
+        stored = configs.WRITERS[component](getattr(config, component))
+        if component == "text_encoder":  # learnt words may stand behind the two special tokens
+            ends = {"bos_token_id": START, "eos_token_id": END, "pad_token_id": END}
+            stored |= {name: tokenizer.vocabulary[token] for name, token in ends.items()}
+        write_json(folder / component / "config.json", stored)
     write_json(folder / "scheduler" / "scheduler_config.json", {"_class_name": "DDIMScheduler", **config.scheduler})
     tokenizer.save(folder / "tokenizer")
     if generation:

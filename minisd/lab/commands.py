@@ -4,11 +4,14 @@ import io
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from minisd.checkpoint.textfiles import write_whole
+
+if TYPE_CHECKING:
+    from minisd.lab.converting import Job
 
 
 @click.command()
@@ -81,16 +84,82 @@ def number_of_bytes(_: click.Context, __: click.Parameter, text: str | None) -> 
 def convert(source: str, target: str, dtype: str | None, from_pickle: bool, quiet: bool, **settings: Any) -> None:
     """Write the model SOURCE as TARGET in another layout or dtype: a folder, or a file if it ends in .safetensors."""
     import torch
+
+    from minisd.lab.converting import opened, plan
+
+    with opened(source, target, from_pickle) as readable:
+        carry_out(plan(readable, target, dtype=getattr(torch, dtype) if dtype else None, **settings), quiet)
+
+
+def carry_out(job: "Job", quiet: bool) -> None:
+    """Write what is planned, with a progress bar, and say where."""
     from tqdm import tqdm
 
     from minisd.checkpoint.writing import into_place
-    from minisd.lab.converting import opened, plan, run
+    from minisd.lab.converting import run
 
-    with opened(source, target, from_pickle) as readable:
-        job = plan(readable, target, dtype=getattr(torch, dtype) if dtype else None, **settings)
-        with tqdm(total=job.bytes, unit="B", unit_scale=True, leave=False, disable=True if quiet else None) as bar:
-            into_place(job.target, lambda place: run(job, place, bar.update))
+    with tqdm(total=job.bytes, unit="B", unit_scale=True, leave=False, disable=True if quiet else None) as bar:
+        into_place(job.target, lambda place: run(job, place, bar.update))
     click.echo(job.target)
+
+
+@click.command()
+@click.argument("sources", metavar="A [B]", nargs=-1, required=True)
+@click.argument("target")
+@click.option("-w", "--weight", type=float, default=0.5, show_default=True, help="B's share, usually 0 to 1.")
+@click.option("--minus", metavar="C", help="Add the difference: A + w (B - C).")
+@click.option("--slerp", is_flag=True, help="Along the arc from A to B.")
+@click.option("--blocks", metavar="N,N,...", help="25 shares: IN00-11, M00, OUT00-11; or 26, the rest's in front.")
+@click.option("--take", multiple=True, metavar="COMPONENT=PATH", help="unet, vae or text_encoder from elsewhere.")
+@click.option("--lora", "loras", multiple=True, metavar="PATH[:SCALE]", help="Bake a LoRA in; again for more.")
+@click.option("--to", "layout", type=click.Choice(["diffusers", "compvis"]), help="[default: by TARGET's name]")
+@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="[default: as in A]")
+@click.option("--weights", type=click.Choice(["auto", "ema", "raw"]), default="auto", help="If a file has two sets.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
+def merge(
+    sources: tuple[str, ...],
+    target: str,
+    blocks: str | None,
+    take: tuple[str, ...],
+    loras: tuple[str, ...],
+    dtype: str | None,
+    quiet: bool,
+    **settings: Any,
+) -> None:
+    """Mix the model B into A and write TARGET; or only give A another component, or LoRAs."""
+    import torch
+
+    from minisd.adapters import path_and_scale
+    from minisd.lab.merging import prepare
+
+    if len(sources) > 2:
+        raise ValueError(f"merge takes two models and a target, not {len(sources)} models: merge two, then the next")
+    job = prepare(
+        sources[0],
+        sources[1] if len(sources) > 1 else None,
+        target,
+        blocks=numbers(blocks) if blocks is not None else None,
+        take=dict(component_and_path(text) for text in take),
+        loras=[path_and_scale(text) for text in loras],
+        dtype=getattr(torch, dtype) if dtype else None,
+        **settings,
+    )
+    carry_out(job, quiet)
+
+
+def numbers(text: str) -> list[float]:
+    """ "0, 0.5, 1" -> numbers."""
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"--blocks {text!r} is not a list of numbers such as 0,0.5,1") from None
+
+
+def component_and_path(text: str) -> tuple[str, str]:
+    component, equals, path = text.partition("=")
+    if not equals:
+        raise click.BadParameter(f"--take {text!r} is not COMPONENT=PATH, such as vae=other.safetensors")
+    return component, path
 
 
 @click.command()
@@ -117,3 +186,14 @@ def diff(a: str, b: str, as_json: bool, plot: str | None, quiet: bool) -> None:
     click.echo(json.dumps(difference.as_dict()) if as_json else "\n".join(lines(difference)))
     if target and not as_json:
         click.echo(target)
+
+
+@click.command()
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, mps.")
+@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), default="float32", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def selftest(device: str, dtype: str, as_json: bool) -> int:
+    """Does this machine give the reference numbers? Exit status: 0 yes, 1 no."""
+    from minisd.lab.selftest import run
+
+    return run(device, dtype, as_json)

@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from safetensors import safe_open
-from torch import Tensor
 
 from minisd.checkpoint.errors import CheckpointError
 from minisd.checkpoint.keymap import COMPONENTS
 from minisd.checkpoint.layouts import TITLES
+from minisd.checkpoint.values import Values
 from minisd.lab.inspecting import Part, Report, inspect
 
 MOVERS = 10  # weights that are listed because they changed most
@@ -97,21 +96,6 @@ class Difference:
         }
 
 
-class Reader:
-    """Reads a part's weights by minisd's names; every file is opened once."""
-
-    def __init__(self, part: Part) -> None:
-        self.part, self.files = part, part.files
-        self.opened: dict[Any, Any] = {}
-
-    def __getitem__(self, name: str) -> Tensor:
-        source = self.part.sources[name]
-        path = self.files.location[source]
-        if path not in self.opened:
-            self.opened[path] = safe_open(path, framework="pt")
-        return self.opened[path].get_tensor(source)
-
-
 def compare(
     a: str | os.PathLike[str], b: str | os.PathLike[str], *, advance: Callable[[int], object] = lambda _: None
 ) -> Difference:
@@ -147,15 +131,15 @@ def common(one: Report, other: Report) -> dict[str, tuple[Part, Part]]:
 
 def walk(difference: Difference, title: str, left: Part, right: Part, advance: Callable[[int], object]) -> None:
     """Compare one part and add it up."""
-    readers = Reader(left), Reader(right)
-    for name in left.sources:
-        if name not in right.sources:
+    one, other = Values(left.files, left.match), Values(right.files, right.match)
+    for name in one:
+        if name not in other:
             difference.only["a"].append(f"{title}.{name}")
             continue
-        change = measure(f"{title}.{name}", readers[0][name], readers[1][name])
-        if change is None:
+        if one.shape(name) != other.shape(name):
             difference.misshapen.append(f"{title}.{name}")
             continue
+        change = measure(f"{title}.{name}", one, other, name)
         difference.changes.append(change)
         difference.components.setdefault(title, Sum()).add(change)
         difference.blocks.setdefault(block_of(change.name), Sum()).add(change)
@@ -168,18 +152,19 @@ def block_of(name: str) -> str:
     return ".".join(name.split(".")[:3]) if "." in name else name
 
 
-def measure(name: str, a: Tensor, b: Tensor) -> Change | None:
-    """How far two tensors are apart; None if they have different shapes, a 1x1 convolution counting as a matrix."""
-    if a.numel() != b.numel() or a.squeeze().shape != b.squeeze().shape:
-        return None
-    a, b = a.flatten(), b.flatten()
-    equal = a.dtype == b.dtype and torch.equal(a, b)
-    half = equal or torch.equal(a.half(), b.half())
-    x, y = a.double(), b.double()
-    apart, size, other = float((x - y).norm()), float(x.norm()), float(y.norm())
-    cosine = quotient(float(x @ y), size * other) if size and other else float(size == other)
-    exact = equal or torch.equal(x, y)
-    return Change(name, exact, half, quotient(apart, size), cosine, (apart**2, size**2))
+def measure(title: str, one: Values, other: Values, name: str) -> Change:
+    """How far two tensors of one shape are apart, in float64, a few rows at a time."""
+    equal, half = True, True
+    apart = size = length = product = 0.0
+    for (_, a), (_, b) in zip(one.pieces(name), other.pieces(name), strict=True):
+        same = a.dtype == b.dtype and torch.equal(a, b)
+        half = half and (same or torch.equal(a.half(), b.half()))
+        x, y = a.double().flatten(), b.double().flatten()
+        equal = equal and (same or torch.equal(x, y))
+        apart += float((x - y).square().sum())
+        size, length, product = size + float(x @ x), length + float(y @ y), product + float(x @ y)
+    cosine = quotient(product, math.sqrt(size * length)) if size and length else float(size == length)
+    return Change(title, equal, half, math.sqrt(quotient(apart, size)), cosine, (apart, size))
 
 
 def quotient(over: float, under: float) -> float:
@@ -218,9 +203,11 @@ def averages(one: Report, other: Report) -> Iterable[str]:
 
 def all_equal(left: Part, right: Part) -> bool:
     """Whether two parts hold the same values, up to float16's rounding. Stops at the first difference."""
-    readers = Reader(left), Reader(right)
-    return left.sources.keys() == right.sources.keys() and all(
-        torch.equal(readers[0][name].half().flatten(), readers[1][name].half().flatten()) for name in left.sources
+    one, other = Values(left.files, left.match), Values(right.files, right.match)
+    return one.keys() == other.keys() and all(
+        torch.equal(a.half(), b.half())
+        for name in one
+        for (_, a), (_, b) in zip(one.pieces(name), other.pieces(name), strict=True)
     )
 
 

@@ -9,7 +9,7 @@ result has its name only when it is whole and was checked.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +21,13 @@ from minisd.checkpoint import configs
 from minisd.checkpoint.building import read_tokenizer
 from minisd.checkpoint.files import Files, open_files
 from minisd.checkpoint.keymap import COMPONENTS, COMPVIS_PREFIX, KEYS, Key
-from minisd.checkpoint.reading import Checkpoint, Component, open_alone, open_checkpoint
+from minisd.checkpoint.layouts import EMBEDDING, LORA, stranger
+from minisd.checkpoint.reading import Checkpoint, Component, check_fit, open_alone, open_checkpoint
 from minisd.checkpoint.sources import STEMS, index_name, single_name
+from minisd.checkpoint.values import Values
 from minisd.checkpoint.writing import into_place, settings_as_metadata, write_json, write_settings
 from minisd.lab.pickles import unpickle
-from minisd.lab.streaming import Entry, entry, write_file
+from minisd.lab.streaming import Entry, copied, weight, write_file
 
 LEFTOVERS = "leftovers.safetensors"
 LAYOUTS = ("diffusers", "compvis")
@@ -45,6 +47,7 @@ class Job:
     metadata: dict[str, str]  # of a single file; of the leftovers in a folder
     shard_size: int | None = None
     components: dict[str, Component] = field(default_factory=dict)
+    recipe: dict[str, str] = field(default_factory=dict)  # metadata for every file: how a merge was made
 
     @property
     def bytes(self) -> int:
@@ -106,8 +109,9 @@ def plan(
     weights: str,
     lean: bool,
     shard_size: int | None,
+    take: Mapping[str, str | os.PathLike[str]] | None = None,
 ) -> Job:
-    """Read the headers and settle everything. Nothing is written."""
+    """Read the headers and settle everything. Nothing is written. `take`: components to have from elsewhere."""
     destination = Path(os.path.expanduser(target))
     layout = layout or ("compvis" if destination.suffix == ".safetensors" else "diffusers")
     check(destination, layout, component, dtype, shard_size)
@@ -118,19 +122,41 @@ def plan(
             target=destination, layout=layout, checkpoint=None, entries=entries, leftovers=[], metadata={},
             shard_size=shard_size, components={component: part},
         )  # fmt: skip
-    checkpoint = open_checkpoint(source, dtype=None, weights=weights)
+    adapter = adapter_file(source)
+    if adapter is not None and not take:
+        return as_it_is(adapter, destination)
+    take = take or {}
+    checkpoint = open_checkpoint(source, dtype=None, weights=weights, vae=take.get("vae"))
+    for name in take.keys() - {"vae"}:
+        checkpoint.components[name] = open_alone(take[name], name, weights=weights)
+    check_fit(checkpoint)
     entries = {name: rename(part, name, layout, dtype) for name, part in checkpoint.components.items()}
     beside, metadata = (None, {}) if lean else left(checkpoint)
-    if layout == "compvis" and not metadata:
+    if layout == "compvis" and (not metadata or take):
         words = read_tokenizer(checkpoint, None)
-        metadata = {"format": "pt", **settings_as_metadata(checkpoint.config, words, checkpoint.generation)}
-    leftovers = (
-        [entry(beside, name, name, beside.tensors[name].shape, None) for name in beside.tensors] if beside else []
-    )
+        metadata |= {"format": "pt", **settings_as_metadata(checkpoint.config, words, checkpoint.generation)}
+    leftovers = [copied(beside, name, name, info.shape) for name, info in beside.tensors.items()] if beside else []
     return Job(
         target=destination, layout=layout, checkpoint=checkpoint, entries=entries, leftovers=leftovers,
         metadata=metadata, shard_size=shard_size, components=checkpoint.components,
     )  # fmt: skip
+
+
+def adapter_file(source: str | os.PathLike[str]) -> Files | None:
+    """The file, if it is a LoRA or an embedding."""
+    path = Path(os.path.expanduser(source))
+    files = open_files([path], path) if path.is_file() and path.suffix == ".safetensors" else None
+    return files if files and stranger(files.tensors) in (LORA, EMBEDDING) else None
+
+
+def as_it_is(files: Files, target: Path) -> Job:
+    """What has one layout only: the same tensors in a safetensors file (out of a pickle, usually)."""
+    if target.suffix != ".safetensors":
+        raise ValueError(f"{target}: {files.path.name} is {stranger(files.tensors)}; choose a name in .safetensors")
+    entries = [copied(files, name, name, info.shape) for name, info in files.tensors.items()]
+    return Job(
+        target=target, layout="compvis", checkpoint=None, entries={}, leftovers=entries, metadata=dict(files.metadata)
+    )
 
 
 def check(target: Path, layout: str, component: str | None, dtype: torch.dtype | None, shard_size: int | None) -> None:
@@ -156,14 +182,17 @@ def check(target: Path, layout: str, component: str | None, dtype: torch.dtype |
 
 def rename(part: Component, component: str, layout: str, dtype: torch.dtype | None) -> list[Entry]:
     """A component's tensors under the names and in the shapes of a layout."""
+    values = Values(part.files, part.match)
+    return [
+        weight(values, key.minisd, *place_of(key, component, layout), dtype) for key in KEYS[component](part.config)
+    ]
 
-    def named(key: Key) -> Entry:
-        source, _ = part.match.sources[key.minisd]
-        if layout == "diffusers":
-            return entry(part.files, source, key.diffusers, key.shape, dtype)
-        return entry(part.files, source, COMPVIS_PREFIX[component] + key.compvis, key.compvis_shape, dtype)
 
-    return [named(key) for key in KEYS[component](part.config)]
+def place_of(key: Key, component: str, layout: str) -> tuple[str, tuple[int, ...]]:
+    """What a layout calls a weight, and the shape that it gives it."""
+    if layout == "diffusers":
+        return key.diffusers, key.shape
+    return COMPVIS_PREFIX[component] + key.compvis, key.compvis_shape
 
 
 def left(checkpoint: Checkpoint) -> tuple[Files | None, dict[str, str]]:
@@ -174,8 +203,8 @@ def left(checkpoint: Checkpoint) -> tuple[Files | None, dict[str, str]]:
             return None, {}
         files = open_files([path], path)
         return files, dict(files.metadata)
-    files = checkpoint.components["unet"].files
-    used = {name for part in checkpoint.components.values() for name, _ in part.match.sources.values()}
+    files = open_files([checkpoint.path], checkpoint.path)
+    used = {name for part in checkpoint.components.values() for name in part.match.used}
     rest = {name: info for name, info in files.tensors.items() if name not in used}
     return Files(files.path, rest, files.location, files.metadata), dict(files.metadata)
 
@@ -187,12 +216,13 @@ def run(job: Job, place: Path, advance: Advance) -> None:
     """Write everything under the temporary name `place`."""
     if job.target.suffix == ".safetensors":
         every = [one for entries in job.entries.values() for one in entries]
-        write_file(place, every + job.leftovers, job.metadata or {"format": "pt"}, advance)
+        write_file(place, every + job.leftovers, (job.metadata or {"format": "pt"}) | job.recipe, advance)
         return
     for component, entries in job.entries.items():
         folder = place if job.checkpoint is None else place / component
         folder.mkdir(parents=True)
-        write_shards(folder, STEMS[component], entries, job.shard_size, advance)
+        metadata = {"format": "pt"} | job.recipe
+        write_shards(folder, STEMS[component], entries, job.shard_size, metadata, advance)
         if job.checkpoint is None:
             write_json(folder / "config.json", configs.WRITERS[component](job.components[component].config))
     if job.checkpoint is not None:
@@ -202,16 +232,18 @@ def run(job: Job, place: Path, advance: Advance) -> None:
             write_file(place / LEFTOVERS, job.leftovers, job.metadata, advance)
 
 
-def write_shards(folder: Path, stem: str, entries: list[Entry], most: int | None, advance: Advance) -> None:
+def write_shards(
+    folder: Path, stem: str, entries: list[Entry], most: int | None, metadata: dict[str, str], advance: Advance
+) -> None:
     """One file, or several of at most `most` bytes (a larger tensor has one of its own) with their index."""
     shards = list(divide(entries, most))
     if len(shards) == 1:
-        write_file(folder / single_name(stem, ""), entries, {"format": "pt"}, advance)
+        write_file(folder / single_name(stem, ""), entries, metadata, advance)
         return
     table: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
-        write_file(folder / name, shard, {"format": "pt"}, advance)
+        write_file(folder / name, shard, metadata, advance)
         table |= {one.name: name for one in shard}
     total = sum(one.bytes for one in entries)
     write_json(folder / index_name(stem, ""), {"metadata": {"total_size": total}, "weight_map": table})

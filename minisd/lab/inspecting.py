@@ -7,7 +7,6 @@ A file that is whole but cannot be loaded is described, with the reason; only wh
 This file needs the standard library only. `report.py` says the same in words, `scan.py` looks at the values.
 """
 
-import json
 import os
 import struct
 from collections import Counter
@@ -17,16 +16,20 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from minisd.checkpoint import configs
 from minisd.checkpoint.errors import CheckpointError
-from minisd.checkpoint.files import Files, open_component_folder, open_files, shard_paths
+from minisd.checkpoint.files import Files
+from minisd.checkpoint.finding import Found, find_components, find_files
 from minisd.checkpoint.header import TensorInfo
-from minisd.checkpoint.keymap import COMPONENTS, KEYS
-from minisd.checkpoint.layouts import INFER, TITLES, Match, Naming, Problems, ignorable, match, namings, stranger
-from minisd.checkpoint.sources import embedded_model, resolve
-from minisd.checkpoint.textfiles import read_json_object
+from minisd.checkpoint.keymap import COMPONENTS
+from minisd.checkpoint.layouts import TITLES, Match, Naming, ignorable, stranger, way_out
+from minisd.checkpoint.sources import resolve
+from minisd.checkpoint.textfiles import read_json_object, read_text
 from minisd.config import SD15
 from minisd.lab.official import official
+
+SCHEDULE = Path("scheduler") / "scheduler_config.json"
+MAX_STEPS = 1_000_000  # schedulers' MAX_TIMESTEPS: they come with torch, this file does not
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # what weights can be
 
 KINDS = {4: "", 5: " for depth to image", 8: " for editing by instruction", 9: " for inpainting"}  # by channels in
 
@@ -44,8 +47,14 @@ class Part:
     parameters: int
     bytes: int
     config: dict[str, Any]
-    sources: dict[str, str] = field(repr=False)  # minisd's name -> the file's
+    flaw: str | None  # anything else that is wrong with it
+    match: Match = field(repr=False)
     files: Files = field(repr=False)
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """minisd's name -> the file's."""
+        return {ours: name for ours, (name, _) in self.match.sources.items()}
 
     @property
     def complete(self) -> bool:
@@ -72,7 +81,7 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """For JSON: without the long lists of names."""
         parts = {
-            name: {key: value for key, value in vars(part).items() if key not in ("sources", "files")}
+            name: {key: value for key, value in vars(part).items() if key not in ("match", "files")}
             | {"complete": part.complete}
             for name, part in self.parts.items()
         }
@@ -86,25 +95,15 @@ def inspect(source: str | os.PathLike[str]) -> Report:
 
     Raises FileNotFoundError where there is nothing, CheckpointError for what is not a weight file.
     """
-    path = embedded_model() if os.fspath(source) == "emoji" else Path(os.path.expanduser(os.fspath(source)))
-    if not os.path.lexists(path):
-        path = resolve(source)
-    if path.is_dir():
-        return inspect_folder(path)
-    if path.suffix == ".json":
-        return inspect_files(open_files(shard_paths(path), path))
-    return inspect_files(open_files([path], path))
+    path = resolve(source)
+    sets = find_files(path)
+    if set(sets) <= {""}:
+        return inspect_files(*sets[""])
+    return inspect_folder(path, {name: inspect_files(*files) for name, files in sets.items()})
 
 
-def inspect_folder(path: Path) -> Report:
-    """A model in diffusers' layout, or one component of it."""
-    folders = {name: path / name for name in COMPONENTS if (path / name).is_dir()}
-    if not folders:
-        return inspect_files(open_component_folder(path, "unet", half=False, weights="auto"), path / "config.json")
-    reports = {}
-    for name, folder in folders.items():
-        files = open_component_folder(folder, name, half=False, weights="auto")
-        reports[name] = inspect_files(files, folder / "config.json")
+def inspect_folder(path: Path, reports: Mapping[str, Report]) -> Report:
+    """A model in diffusers' layout, out of what is said of its components."""
     flaws = [flaw for report in reports.values() for file in report.files if (flaw := flaw_of(file, report))]
     parts = {name: part for report in reports.values() for name, part in report.parts.items()}
     return Report(
@@ -118,7 +117,7 @@ def inspect_folder(path: Path) -> Report:
         hints=[hint for report in reports.values() for hint in report.hints] + schedule_hints(path),
         warnings=[warning for report in reports.values() for warning in report.warnings],
         official=None,
-        problem=flaws[0] if flaws else absence(parts),
+        problem=flaws[0] if flaws else absence(parts) or settings_flaw(path),
         files=[file for report in reports.values() for file in report.files],
     )
 
@@ -127,8 +126,8 @@ def inspect_files(files: Files, config: Path | None = None) -> Report:
     """One file or its shards; with the config.json beside it, if there is one."""
     names = files.tensors
     other = stranger(names)
-    parts = {} if other else dict(find_parts(files, config))
-    used = {name for part in parts.values() for name in part.sources.values()}
+    parts = {} if other else {title_of(found): describe(found) for found in find_components(files, config)}
+    used = {name for part in parts.values() for name in part.match.used}
     leftovers = group(name for name in names if name not in used)
     size = sum(path.stat().st_size for path in set(files.location.values()) or {files.path})
     report = Report(
@@ -152,53 +151,40 @@ def inspect_files(files: Files, config: Path | None = None) -> Report:
 # ---- the parts -------------------------------------------------------------------------------------------
 
 
-def find_parts(files: Files, config: Path | None) -> Iterable[tuple[str, Part]]:
-    """Each component under each set of names that it has in the files."""
-    for component in COMPONENTS:
-        for kind, naming in namings(component, files.tensors).items():
-            yield component + " (averaged)" * (kind == "ema"), describe(component, naming, files, config)
+def title_of(found: Found) -> str:
+    return found.component + " (averaged)" * found.averaged
 
 
-def describe(component: str, naming: Naming, files: Files, path: Path | None) -> Part:
+def describe(found: Found) -> Part:
     """What of a component is there, by the configuration that its shapes (or its config.json) tell."""
-    config, problems = configuration(component, naming, files, path), Problems()
-    found: Match = match(list(KEYS[component](config)), files.tensors, naming, problems)
-    sources = {ours: name for ours, (name, _) in found.sources.items()}
-    infos = [files.tensors[name] for name in sources.values()]
+    names = [name for name, _ in found.match.sources.values()]
+    infos = [found.files.tensors[name] for name in names]
     return Part(
-        component=component,
-        naming=words_for(naming, sources.values()),
-        found=len(sources),
-        missing=[name for name, _ in problems.missing],
-        misshapen=[f"{name} is {list(got)}, not {list(want)}" for name, got, want in problems.shape],
+        component=found.component,
+        naming=words_for(found.match.naming, names),
+        found=len(names),
+        missing=[name for name, _ in found.problems.missing],
+        misshapen=[f"{name} is {list(got)}, not {list(want)}" for name, got, want in found.problems.shape],
         dtypes=dict(Counter(info.dtype for info in infos).most_common()),
         parameters=sum(prod(info.shape) for info in infos),
         bytes=sum(info.end - info.start for info in infos),
-        config=vars(config).copy(),
-        sources=sources,
-        files=files,
+        config=vars(found.config).copy(),
+        flaw=other_flaw(found),
+        match=found.match,
+        files=found.files,
     )
 
 
-def configuration(component: str, naming: Naming, files: Files, path: Path | None) -> Any:
-    """From config.json, else from the shapes, else (where too much is missing) SD 1.5's."""
-    if path is not None and path.is_file():
-        return configs.READERS[component](read_json_object(path), str(path), [])
-    stored = json_or_none(files.metadata.get("minisd.config"))
-    try:
-        if stored and component in stored:
-            return configs.READERS[component](stored[component], "metadata", [])
-        return INFER[component](files.tensors, naming)
-    except CheckpointError:
-        return getattr(SD15, component)
-
-
-def json_or_none(text: str | None) -> dict[str, Any] | None:
-    try:
-        value = json.loads(text or "null")
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
+def other_flaw(found: Found) -> str | None:
+    """What besides missing and misshapen weights keeps a component from loading."""
+    integers = [name for name, _ in found.match.sources.values() if found.files.tensors[name].dtype not in FLOATS]
+    if integers:
+        return f"the weight {integers[0]} has the dtype {found.files.tensors[integers[0]].dtype}"
+    if found.problems.twice:
+        return "{} and {} are one weight under two names".format(*found.problems.twice[0])
+    if found.problems.scale:
+        return "{} {}: a scale of 8-bit weights that minisd does not understand".format(*found.problems.scale[0])
+    return found.flaw
 
 
 def words_for(naming: Naming, names: Iterable[str]) -> str:
@@ -241,9 +227,9 @@ def lora_dialect(names: Iterable[str]) -> str:
     def any_with(*marks: str) -> bool:
         return any(mark in name for name in names for mark in marks)
 
-    if any_with(".hada_w1_a"):
+    if any_with(".hada_w"):
         kind = "LoHa"
-    elif any_with(".lokr_w1"):
+    elif any_with(".lokr_w"):
         kind = "LoKr"
     elif any_with(".lora_mid."):
         kind = "LoCon with Tucker decomposition"
@@ -293,9 +279,10 @@ def hints(files: Files) -> Iterable[str]:
 
 def schedule_hints(folder: Path) -> list[str]:
     """The prediction type that a folder's scheduler states, if it is not noise."""
-    path = folder / "scheduler" / "scheduler_config.json"
-    settings = read_json_object(path) if path.is_file() else {}
-    kind = settings.get("prediction_type", "epsilon")
+    try:
+        kind = schedule_of(folder).get("prediction_type", "epsilon")
+    except CheckpointError:
+        return []  # the report names it as what is wrong
     return [f"prediction type: {kind} (scheduler_config.json)"] if kind != "epsilon" else []
 
 
@@ -342,14 +329,35 @@ def flaw_of(files: Files, report: Report) -> str | None:
     """Why minisd would refuse what is in the files, or None."""
     other = stranger(files.tensors)
     if other:
-        return f"it is {other}; minisd loads Stable Diffusion 1.x"
+        return f"it is {other}; {way_out(other)}"
     for part in report.parts.values():
         if part.missing:
             return f"{TITLES[part.component]}: {len(part.missing)} tensors are missing, such as {part.missing[0]}"
         if part.misshapen:
             return f"{TITLES[part.component]}: {part.misshapen[0]}"
+        if part.flaw:
+            return f"{TITLES[part.component]}: {part.flaw}"
     unknown = report.leftovers.get("unknown", [])
     return f"{len(unknown)} unknown tensors, such as {unknown[0]}" if unknown else None
+
+
+def settings_flaw(folder: Path) -> str | None:
+    """What is wrong with the small files of a model's folder, as far as can be told without building anything."""
+    words = folder / "tokenizer"
+    names = ["tokenizer.json"] if (words / "tokenizer.json").is_file() else ["vocab.json", "merges.txt"]
+    try:
+        for name in names:
+            (read_json_object if name.endswith(".json") else read_text)(words / name)
+        steps = schedule_of(folder).get("num_train_timesteps", 1000)
+    except CheckpointError as error:
+        return str(error)
+    known = isinstance(steps, int) and 1 <= steps <= MAX_STEPS
+    return None if known else f"{folder / SCHEDULE}: num_train_timesteps={steps!r} is impossible"
+
+
+def schedule_of(folder: Path) -> dict[str, Any]:
+    """The settings of the noise schedule; {} where they are missing, which means SD 1.5's."""
+    return read_json_object(folder / SCHEDULE) if (folder / SCHEDULE).is_file() else {}
 
 
 def absence(parts: Mapping[str, Part]) -> str | None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from minisd.checkpoint.errors import CheckpointError
 from minisd.lab.streaming import NAMES, Entry, Made, write_file
 
+PARAMETERS = "torch.nn.modules.container.ParameterDict"
 DTYPES = {
     **NAMES,
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -29,7 +30,7 @@ def unpickle(path: Path, target: Path) -> Path:
 
     Raises CheckpointError for what cannot be read without running it, or holds no tensors.
     """
-    tensors = {name: tensor for name, tensor in unwrapped(load(path)).items() if isinstance(tensor, Tensor)}
+    tensors = {name: tensor for name, tensor in tables(load(path)).items() if isinstance(tensor, Tensor)}
     if not tensors:
         raise CheckpointError(f"{path}: holds no table of tensors")
     for name, tensor in tensors.items():
@@ -40,9 +41,8 @@ def unpickle(path: Path, target: Path) -> Path:
 
 
 def described(name: str, tensor: Tensor) -> Entry:
-    """A tensor as an entry of the new file; one without dimensions is written as one of one number."""
-    shape = tuple(tensor.shape)
-    return Entry(name, DTYPES[tensor.dtype], shape, Made(lambda: tensor.detach().reshape(shape or (1,))))
+    """A tensor as an entry of the new file."""
+    return Entry(name, DTYPES[tensor.dtype], tuple(tensor.shape), Made(lambda: [tensor.detach()]))
 
 
 def load(path: Path) -> Any:
@@ -61,7 +61,12 @@ def load(path: Path) -> Any:
 def stand_ins(path: Path) -> list[Any]:
     """(class, name) for every name in the file that torch does not know."""
     names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    return [(type(name.rpartition(".")[2], (Nothing,), {"__module__": "stand-in"}), name) for name in names]
+    return [(stand_in(name), name) for name in names]
+
+
+def stand_in(name: str) -> type:
+    base = Parameters if name == PARAMETERS else Nothing
+    return type(name.rpartition(".")[2], (base,), {"__module__": "stand-in"})
 
 
 class Nothing(dict[Any, Any]):
@@ -84,6 +89,26 @@ class Nothing(dict[Any, Any]):
 
     def extend(self, _: Any) -> None:
         pass
+
+
+class Parameters(dict[Any, Any]):
+    """In the place of torch's ParameterDict, in which the first textual inversions keep their vectors."""
+
+    def __setstate__(self, state: Any) -> None:
+        found = state.get("_parameters") if isinstance(state, Mapping) else None
+        self.update(found if isinstance(found, Mapping) else {})
+
+
+def tables(value: Any) -> Mapping[Any, Any]:
+    """The table of tensors in any of the forms that models, LoRAs and textual inversions have."""
+    if isinstance(value, Tensor):
+        return {"emb_params": value}
+    table = unwrapped(value)
+    vectors = table.get("string_to_param")
+    if not isinstance(vectors, Mapping) or not vectors:
+        return table
+    name = table.get("name")
+    return {name if isinstance(name, str) and name else "emb_params": next(iter(vectors.values()))}
 
 
 def unwrapped(value: Any) -> Mapping[Any, Any]:

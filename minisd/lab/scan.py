@@ -3,16 +3,15 @@
 One tensor is in memory at a time.
 """
 
-import hashlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from minisd.checkpoint.sources import sha256
 from minisd.lab.inspecting import Report
 
 SATURATED = 65504.0  # the largest float16: what a careless conversion leaves of anything larger
@@ -77,18 +76,6 @@ def add(sums: list[float], tensor: Tensor) -> None:
     sums[0] += values.numel() or 1e-300
     sums[1] += float(values.sum())
     sums[2] += float(values.square().sum())
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sum(file)
-
-
-def _sum(file: Iterable[bytes]) -> str:  # Python 3.10
-    digest = hashlib.sha256()
-    for line in file:
-        digest.update(line)
-    return digest.hexdigest()
 
 
 def lines(found: Findings) -> Iterable[str]:

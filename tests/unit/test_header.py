@@ -1,8 +1,6 @@
 """Hostile and damaged safetensors files: CheckpointError with the cause, at once, and nothing else."""
 
-import json
 import os
-import struct
 
 import pytest
 import torch
@@ -12,48 +10,7 @@ from safetensors.torch import save_file
 
 from minisd.checkpoint.errors import CheckpointError
 from minisd.checkpoint.header import read_header
-
-
-def safetensors(header: object, data: bytes = b"", *, length: int | None = None) -> bytes:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(text) if length is None else length) + text + data
-
-
-def entry(dtype="F32", shape=(1,), offsets=(0, 4)) -> dict:
-    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
-
-
-BROKEN = {
-    "empty": (b"", "empty"),
-    "short": (b"abc", "too short"),
-    "text": (b"hello, this is a text file of some length\n", "not a safetensors file"),
-    "header longer than the file": (safetensors({}, length=5000), "truncated"),
-    "header of terabytes": (safetensors({}, length=1 << 60), "not a safetensors file"),
-    "not JSON": (safetensors(b"{not json}"), "not JSON"),
-    "not UTF-8": (safetensors(b'{"\xff": 1}'), "not JSON"),
-    "deep nesting": (safetensors(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"), "not JSON"),
-    "an array": (safetensors(b"[]"), "not a safetensors file"),
-    "a name twice": (safetensors(b'{"a": 1, "a": 2}'), "twice"),
-    "no description": (safetensors({"a": 3}), "no description"),
-    "unknown dtype": (safetensors({"a": entry("F77")}, b"0" * 4), "dtype"),
-    "dtype of another type": (safetensors({"a": entry(["F32"])}, b"0" * 4), "dtype"),
-    "negative shape": (safetensors({"a": entry(shape=(-1,))}, b"0" * 4), "shape"),
-    "float shape": (safetensors({"a": entry(shape=(1.0,))}, b"0" * 4), "shape"),
-    "huge shape": (safetensors({"a": entry(shape=(1 << 62, 1 << 62))}, b"0" * 4), "does not fit"),
-    "no offsets": (safetensors({"a": {"dtype": "F32", "shape": [1]}}, b"0" * 4), "offsets"),
-    "backwards offsets": (safetensors({"a": entry(offsets=(4, 0))}, b"0" * 4), "does not fit"),
-    "offsets past the end": (safetensors({"a": entry(shape=(1 << 40,), offsets=(0, 1 << 42))}, b"0" * 4), "truncated"),
-    "overlap": (safetensors({"a": entry(), "b": entry(offsets=(0, 4))}, b"0" * 4), "overlap"),
-    "hole": (safetensors({"a": entry(), "b": entry(offsets=(8, 12))}, b"0" * 12), "hole"),
-    "truncated": (safetensors({"a": entry(shape=(4,), offsets=(0, 16))}, b"0" * 15), "truncated"),
-    "trailing bytes": (safetensors({"a": entry()}, b"0" * 5), "after its last tensor"),
-    "metadata of numbers": (safetensors({"__metadata__": {"a": 1}, "a": entry()}, b"0" * 4), "metadata"),
-    "pickle": (b"\x80\x04\x95" + b"0" * 100, "pickle"),
-    "zip": (b"PK\x03\x04" + b"0" * 100, "pickle"),
-    "git-LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 5\n", "LFS"),
-    "web page": (b"<!DOCTYPE html><html><body>404</body></html>", "HTML"),
-    "GGUF": (b"GGUF\x03\x00\x00\x00" + b"\x00" * 40, "GGUF"),
-}
+from minisd.lab.zoo import BROKEN, raw
 
 
 @pytest.mark.parametrize("case", BROKEN)
@@ -129,7 +86,7 @@ ENTRY = st.fixed_dictionaries(
 )
 def test_nothing_but_checkpoint_error_escapes(tmp_path_factory, header, data, length, cut):
     path = tmp_path_factory.getbasetemp() / "fuzz.safetensors"
-    content = safetensors(header, data, length=length)
+    content = raw(header, data, length)
     path.write_bytes(content[: len(content) - cut] if cut < 40 else content)
     try:
         read_header(path)

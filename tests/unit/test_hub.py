@@ -46,6 +46,9 @@ class Hub:
         self.refusal: tuple[int, dict[str, str]] | None = None
         self.tokens: set[str | None] = set()
         self.fetched: list[str] = []
+        self.cut: set[str] = set()  # files whose first half is sent once, then nothing
+        self.served: dict[str, bytes] = {}  # other bytes than those that were promised
+        self.resumed: list[str] = []
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -70,16 +73,23 @@ class Hub:
         if content is None and self.refusal is None:
             status, headers = 404, {"X-Error-Code": "RepoNotFound" if NAME not in path else "EntryNotFound"}
         body = content if status == 200 else b'{"error": "no"}'
+        file = path.partition(f"{COMMIT}/")[2]
+        headers |= {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha256(body).hexdigest()}"'}
+        body = self.served.get(file, body)
+        first = int((request.headers["Range"] or "bytes=0-").removeprefix("bytes=").partition("-")[0])
+        if first:
+            self.resumed.append(file)
+            status, headers = 206, headers | {"Content-Range": f"bytes {first}-{len(body) - 1}/{len(body)}"}
         request.send_response(status)
-        headers |= {"Content-Length": str(len(body)), "X-Repo-Commit": COMMIT}
-        headers["ETag"] = f'"{hashlib.sha256(body).hexdigest()}"'
-        for name, value in headers.items():
+        for name, value in (headers | {"Content-Length": str(len(body) - first)}).items():
             request.send_header(name, value)
         request.end_headers()
         if request.command == "GET":
-            request.wfile.write(body)
+            end = len(body) // 2 if file in self.cut else len(body)
+            self.cut.discard(file)
+            request.wfile.write(body[first:end])
             if status == 200 and "/resolve/" in path:
-                self.fetched.append(path.partition(f"{COMMIT}/")[2])
+                self.fetched.append(file)
 
     def content(self, path: str) -> bytes | None:
         if path.startswith(f"/{NAME}/resolve/"):
@@ -94,7 +104,12 @@ class Hub:
         return None
 
     def about(self, name: str) -> dict:
-        return {"size": len(self.files[name]), "oid": hashlib.sha1(self.files[name]).hexdigest()}
+        content = self.files[name]
+        about = {"size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+        if name.endswith(".safetensors"):
+            digest = hashlib.sha256(content).hexdigest()  # "sha256" of a model, "oid" in a tree
+            about["lfs"] = {"size": len(content), "sha256": digest, "oid": digest, "pointerSize": 134}
+        return about
 
     def close(self) -> None:
         self.server.shutdown()
@@ -182,6 +197,27 @@ def test_only_what_is_needed_is_fetched_once(hub, run, files, tmp_path, dtype, e
 
 def test_the_model_is_the_one_in_the_repository(run):
     assert equal(StableDiffusion.load(run().stdout.strip()), tiny_model())
+
+
+def test_a_download_that_was_cut_goes_on_where_it_stopped(hub, run, files):
+    """What is kept of a file is whole pieces: smaller ones here, as the file is small."""
+    hub.cut = {WEIGHTS["unet"]}
+    pieces = "from huggingface_hub import constants; constants.DOWNLOAD_CHUNK_SIZE = 1 << 16\n"
+    result = run(NAME, "float32", program=pieces + LOAD)
+    assert result.returncode == 0, result.stderr
+    assert hub.resumed == [WEIGHTS["unet"]] and hub.cut == set()
+
+
+@pytest.mark.parametrize("change", (lambda data: data[:-1] + b"!", lambda data: data[:-400], lambda data: b"<html>"))
+def test_bytes_that_are_not_what_was_promised(hub, run, files, change):
+    """One line, and the next try finds no trace of them."""
+    name = WEIGHTS["vae"]
+    hub.served = {name: change(files[name])}
+    result = run()
+    assert refused(result, NAME), result.stderr
+    hub.served = {}
+    result = run(NAME, "float32", program=LOAD)
+    assert result.returncode == 0, result.stderr
 
 
 def test_another_precision_fetches_only_its_weights(hub, run):

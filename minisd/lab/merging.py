@@ -1,0 +1,303 @@
+"""Checkpoints mixed into one: weighted sums, differences, walks on the sphere, by block; other components, LoRAs.
+
+    merge("a.safetensors", "b.safetensors", "ab.safetensors", weight=0.3)        # 70 % of A, 30 % of B
+    merge("a.safetensors", "b.safetensors", "new.safetensors", minus="base.safetensors", weight=1.0)
+    merge("a.safetensors", None, "painter.safetensors", take={"vae": "vae-ft-mse.safetensors"})
+
+The result is A in everything but the values: A's dtypes, A's schedule buffers and other integers, A's tokenizer. It
+streams as `convert` does: a few rows of each model are in memory at a time. How it was made, and of which files, stands
+in its metadata.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minisd.adapters.lora import Change, LoRA, open_lora
+from minisd.checkpoint.errors import CheckpointError
+from minisd.checkpoint.files import Files
+from minisd.checkpoint.finding import Found, find
+from minisd.checkpoint.keymap import COMPONENTS, KEYS, Key
+from minisd.checkpoint.layouts import TITLES, ignorable
+from minisd.checkpoint.sources import sha256
+from minisd.checkpoint.values import Values
+from minisd.checkpoint.writing import into_place
+from minisd.lab.converting import Advance, Job, plan, run
+from minisd.lab.streaming import NAMES, Entry, Made
+
+Source = str | os.PathLike[str]
+Rows = Callable[[], Iterator[tuple[slice, Tensor]]]  # a weight, some rows at a time: which ones, and their values
+
+RECIPE = "minisd.merge"  # where the recipe stands in the metadata
+PARALLEL = 0.9995  # cosine from which an arc and its chord are the same in float32
+
+# What of A's leftovers is still true after a merge. Its averaged weights, say, are not.
+STILL_TRUE = ("schedule buffers", "position ids", "sampler settings")
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """How B, and C, come into A. `weight` is w where `blocks` does not say another."""
+
+    b: Mapping[str, Found]
+    c: Mapping[str, Found] | None
+    weight: float
+    blocks: tuple[float, ...] | None
+    slerp: bool
+
+
+def merge(
+    a: Source,
+    b: Source | None,
+    target: Source,
+    *,
+    weight: float = 0.5,
+    minus: Source | None = None,
+    slerp: bool = False,
+    blocks: Sequence[float] | None = None,
+    take: Mapping[str, Source] | None = None,
+    loras: Sequence[tuple[Source, float]] = (),
+    layout: str | None = None,
+    dtype: torch.dtype | None = None,
+    weights: str = "auto",
+    advance: Advance = lambda _: None,
+) -> Path:
+    """Mix A with B and write the result to `target`; returns `target`.
+
+    (1 - w) A + w B; with `minus` A + w (B - C); with `slerp` along the arc from A to B (Shoemake 1985), tensor by
+    tensor. `weight` is w. `blocks` are 25 numbers, w for each block of the UNet from the way down (IN00 to IN11) over
+    the middle (M00) to the way up (OUT00 to OUT11), as people exchange them, or 26 with w for all the rest in front.
+    `take` swaps whole components, {"vae": path}. `loras` are baked in at the end: pairs of a path and a scale.
+    `layout`, `dtype`, `weights`: as in `convert`. Computes in float32, in float64 where A is.
+
+    Raises CheckpointError for what cannot be read or does not fit together, ValueError for impossible settings.
+    """
+    job = prepare(a, b, target, weight, minus, slerp, blocks, take or {}, loras, layout, dtype, weights)
+    into_place(job.target, lambda place: run(job, place, advance))
+    return job.target
+
+
+def prepare(
+    a: Source,
+    b: Source | None,
+    target: Source,
+    weight: float,
+    minus: Source | None,
+    slerp: bool,
+    blocks: Sequence[float] | None,
+    take: Mapping[str, Source],
+    loras: Sequence[tuple[Source, float]],
+    layout: str | None,
+    dtype: torch.dtype | None,
+    weights: str,
+) -> Job:
+    """Read the headers, and the sources' sums, and settle everything: nothing is written yet."""
+    check(b, weight, minus, slerp, blocks, take, loras)
+    job = plan(a, target, layout, None, dtype, weights, lean=False, shard_size=None, take=take)
+    assert job.checkpoint is not None  # it is a whole model
+    mixture = None
+    if b is not None:
+        subtracted = find(minus, weights) if minus is not None else None
+        mixture = Mixture(find(b, weights), subtracted, weight, tuple(blocks) if blocks else None, slerp)
+    adapters = [(open_lora(path, job.checkpoint.config), scale) for path, scale in loras]
+    entries = {
+        component: list(changed(job, component, None if component in take else mixture, adapters, dtype))
+        for component in job.entries
+    }
+    used = {"A": [part.files for name, part in job.components.items() if name not in take]}
+    used |= {"B": [found.files for found in mixture.b.values()]} if mixture else {}
+    used |= {"C": [found.files for found in mixture.c.values()]} if mixture and mixture.c else {}
+    used |= {name: [job.components[name].files] for name in take}
+    how = {"weight": weight, "blocks": blocks and list(blocks), "slerp": slerp} if mixture else {}
+    recipe = {**how, "loras": [{"name": Path(path).name, "scale": scale} for path, scale in loras]}
+    sources = {letter: sums(paths_of(files)) for letter, files in used.items()}
+    sources |= {"loras": sums([Path(os.path.expanduser(path)) for path, _ in loras])} if loras else {}
+    leftovers = [one for one in job.leftovers if ignorable(one.name) in STILL_TRUE]
+    told = {RECIPE: json.dumps({"recipe": recipe, "sources": sources})}
+    return replace(job, entries=entries, leftovers=leftovers, recipe=told)
+
+
+def check(
+    b: Source | None,
+    weight: float,
+    minus: Source | None,
+    slerp: bool,
+    blocks: Sequence[float] | None,
+    take: Mapping[str, Source],
+    loras: Sequence[tuple[Source, float]],
+) -> None:
+    """Raise ValueError for settings that make no sense."""
+    if b is None and not take and not loras:
+        raise ValueError("nothing to do: give a second model, a component to take, or a LoRA")
+    if b is None and (minus is not None or slerp or blocks is not None):
+        raise ValueError("minus, slerp and blocks say how a second model comes in: give one")
+    if minus is not None and slerp:
+        raise ValueError("slerp and minus exclude each other: an arc has two ends")
+    for number in (weight, *(blocks or ()), *(scale for _, scale in loras)):
+        if not math.isfinite(number):
+            raise ValueError(f"{number}: a weight or scale must be a finite number")
+    for name in take:
+        if name not in COMPONENTS:
+            raise ValueError(f"take={name!r}: must be one of {', '.join(COMPONENTS)}")
+
+
+# ---- one weight ------------------------------------------------------------------------------------------
+
+
+def changed(
+    job: Job,
+    component: str,
+    mixture: Mixture | None,
+    loras: Sequence[tuple[LoRA, float]],
+    dtype: torch.dtype | None,
+) -> Iterator[Entry]:
+    """A component's entries; those that the merge changes are computed."""
+    part = job.components[component]
+    keys = list(KEYS[component](part.config))
+    a = Values(part.files, part.match)
+    blend = blender(component, a, keys, mixture) if mixture else None
+    for key, entry in zip(keys, job.entries[component], strict=True):
+        name = key.minisd
+        rows: Rows | None = blend(key) if blend else None
+        for lora, scale in loras:
+            change = lora.changes.get((component, name))
+            if change is not None:
+                rows = partial(baked, rows or partial(widened, a, name), change, scale)
+        yield entry if rows is None else computed(entry, rows, dtype or a.dtype(name))
+
+
+def computed(entry: Entry, rows: Rows, dtype: torch.dtype) -> Entry:
+    """An entry with other values."""
+    return replace(entry, dtype=NAMES[dtype], values=Made(lambda: (values.to(dtype) for _, values in rows())))
+
+
+def widened(values: Values, name: str) -> Iterator[tuple[slice, Tensor]]:
+    """A weight's rows in the dtype of the arithmetic."""
+    for rows, piece in values.pieces(name):
+        yield rows, piece.to(torch.promote_types(piece.dtype, torch.float32))
+
+
+def blender(component: str, a: Values, keys: Sequence[Key], mixture: Mixture) -> Callable[[Key], Rows | None]:
+    """What gives for each key its mixed rows, or None where A stays as it is."""
+    others = []
+    for letter, found in (("B", mixture.b), ("C", mixture.c)):
+        if found is None:
+            continue
+        if component not in found:
+            if letter == "B":
+                return lambda key: None  # B is not a whole model: of A's other components nothing changes
+            raise CheckpointError(f"C has no {TITLES[component]}, but A and B have one")
+        others.append(fitting(found[component], a, letter))
+    shares = shares_of(component, keys, mixture)
+
+    def blend(key: Key) -> Rows | None:
+        return partial(mixed, a, others, key.minisd, shares[key.minisd], mixture.slerp) if shares[key.minisd] else None
+
+    return blend
+
+
+def fitting(found: Found, a: Values, letter: str) -> Values:
+    """The component's values. Raises CheckpointError where they do not fit A's."""
+    found.problems.raise_for(str(found.files.path))
+    values = Values(found.files, found.match)
+    for name in a:
+        ours, theirs = a.shape(name), values.shape(name) if name in values else None
+        if theirs == ours or (theirs and name == "conv_in.weight" and fewer_channels(theirs, ours)):
+            continue
+        hint = "; give the inpainting model as A" if name == "conv_in.weight" else ""
+        raise CheckpointError(f"{found.files.path}: {letter}'s {name} is {theirs or 'missing'}, A's is {ours}{hint}")
+    return values
+
+
+def fewer_channels(theirs: tuple[int, ...], ours: tuple[int, ...]) -> bool:
+    """Is it a model for text alone, where ours takes a mask and a picture too?"""
+    return theirs[1] < ours[1] and theirs[:1] + theirs[2:] == ours[:1] + ours[2:]
+
+
+def mixed(a: Values, others: Sequence[Values], name: str, share: float, slerp: bool) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of a weight of A, with `share` of B. B may have fewer channels in: the rest stays A's."""
+    factors = arc(a, others[0], name, share) if slerp else None
+    for (rows, x), *pieces in zip(widened(a, name), *(other.pieces(name) for other in others), strict=True):
+        y, *rest = (piece.to(x.dtype) for _, piece in pieces)
+        corner = x[tuple(map(slice, y.shape))]
+        if factors is not None:
+            corner.copy_(factors[0] * corner + factors[1] * y)
+        elif rest:
+            corner.copy_(corner + share * (y - rest[0]))
+        else:
+            corner.copy_(torch.lerp(corner, y, share))  # exact at both ends, and where both are the same
+        yield rows, x
+
+
+def arc(a: Values, b: Values, name: str, share: float) -> tuple[float, float]:
+    """The factors of A and B at `share` of the arc between them: sin((1-t)W)/sin W and sin(tW)/sin W, W their angle."""
+    xx = yy = xy = 0.0
+    for (_, x), (_, y) in zip(a.pieces(name), b.pieces(name), strict=True):
+        x, y = x.double().flatten(), y.double().flatten()
+        xx, yy, xy = xx + float(x @ x), yy + float(y @ y), xy + float(x @ y)
+    cosine = xy / math.sqrt(xx * yy) if xx and yy else 1.0
+    if abs(cosine) > PARALLEL:
+        return 1 - share, share
+    angle = math.acos(cosine)
+    return math.sin((1 - share) * angle) / math.sin(angle), math.sin(share * angle) / math.sin(angle)
+
+
+def baked(rows: Rows, change: Change, scale: float) -> Iterator[tuple[slice, Tensor]]:
+    """A weight with a LoRA worked in, whole: none that a LoRA changes is larger than 120 MB."""
+    yield slice(None), change.baked(torch.cat([values for _, values in rows()]), scale)
+
+
+# ---- blocks ----------------------------------------------------------------------------------------------
+
+
+def shares_of(component: str, keys: Sequence[Key], mixture: Mixture) -> dict[str, float]:
+    """B's share of each weight."""
+    if mixture.blocks is None:
+        return {key.minisd: mixture.weight for key in keys}
+    if component != "unet":
+        base = mixture.blocks[0] if len(mixture.blocks) % 2 == 0 else mixture.weight
+        return {key.minisd: base for key in keys}
+    places = {key.minisd: block_of(key) for key in keys}
+    blocks = sorted(set(places.values()) - {OUT})
+    shares = mixture.blocks[len(mixture.blocks) - len(blocks) :] if len(mixture.blocks) >= len(blocks) else ()
+    if len(mixture.blocks) - len(blocks) not in (0, 1):
+        raise ValueError(
+            f"blocks has {len(mixture.blocks)} numbers: this UNet has {len(blocks)} blocks (one more number in front "
+            "is for all the rest)"
+        )
+    share = dict(zip(blocks, shares, strict=True)) | {OUT: shares[-1]}
+    return {name: share[place] for name, place in places.items()}
+
+
+OUT = (3, 0)  # the end of the UNet
+
+
+def block_of(key: Key) -> tuple[int, int]:
+    """Which of CompVis' blocks a UNet weight is in, to be sorted by: the time embedding counts to the first (IN00);
+    the end (OUT) to the last one."""
+    part, number = key.compvis.split(".")[:2]
+    places = {"time_embed": (0, 0), "middle_block": (1, 0), "out": OUT}
+    return places[part] if part in places else ({"input_blocks": 0, "output_blocks": 2}[part], int(number))
+
+
+# ---- where it came from ----------------------------------------------------------------------------------
+
+
+def paths_of(several: Iterable[Files]) -> list[Path]:
+    """All files of some components, each once."""
+    return list(dict.fromkeys(path for files in several for path in files.location.values()))
+
+
+def sums(paths: Sequence[Path]) -> dict[str, str]:
+    """The files' sha256 by their names, those of a component's folder with its name; hashed side by side."""
+    names = [f"{path.parent.name}/{path.name}" if path.parent.name in COMPONENTS else path.name for path in paths]
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(names, pool.map(sha256, paths), strict=True))

@@ -1,0 +1,118 @@
+"""Which module of A is which of B.
+
+In: two networks, each with what its weights are called in minisd. Out: twins, in A's order, each with the twins around
+it. Modules that hold the same weights are twins; between two copies of one code, those at the same path are, and a side
+of its own making may say by name which of its modules is which. What has no twin is compared as a part of whatever
+stands around it. Next: `shadow.py`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from minisd.module_names import contents, module_names, same_contents, weight_names
+
+LISTS = (nn.ModuleList, nn.ModuleDict)  # modules that hold others and cannot be called
+
+
+@dataclass
+class Network:
+    """One component of a side, and how its parts are called in minisd.
+
+    `weights`: its own name of a weight -> minisd's, where a dialect of the key table fits; `modules`: its own path of a
+    module -> a name in any dialect, where somebody wrote that down.
+    """
+
+    component: str
+    root: nn.Module
+    config: Any = None  # minisd's, to expand the key table
+    weights: Mapping[str, str] = field(default_factory=dict)
+    modules: Mapping[str, str] = field(default_factory=dict)
+
+    def callable_contents(self) -> dict[str, frozenset[str]]:
+        """Path -> weights, of the modules that can be called."""
+        lists = {path for path, module in self.root.named_modules() if isinstance(module, LISTS)}
+        return {path: names for path, names in contents(self.weights).items() if path not in lists}
+
+    @cached_property
+    def canonical(self) -> dict[str, str]:
+        """Path -> minisd's path within the component, where there is one."""
+        if self.modules:
+            return {path: resolve(self.component, self.config, name) for path, name in self.modules.items()}
+        if self.config is None:
+            return {}
+        own = contents(weight_names(self.component, self.config, "minisd"))
+        return same_contents(contents(self.weights), own)
+
+
+@dataclass
+class Twins:
+    """Two modules that should do the same."""
+
+    name: str
+    a_path: str
+    b_path: str
+    a: nn.Module
+    b: nn.Module
+    parent: str = ""
+
+
+def resolve(component: str, config: Any, name: str) -> str:
+    """A module's name in any dialect -> minisd's path within the component. Raises ValueError for a strange name."""
+    for names in module_names(component, config) if config is not None else ():
+        if name in names.all or f"{component}.{name}" == names.minisd:
+            return names.minisd.removeprefix(component).removeprefix(".")
+    if config is None:
+        return name.removeprefix(component).removeprefix(".")
+    raise ValueError(f"{name!r}: no module of a {component} has this name (see `minisd taps --list`)")
+
+
+def pair_networks(a: Network, b: Network) -> list[Twins]:
+    """All twins, parents before their children. Raises ValueError where there are none."""
+    a_modules, b_modules = dict(a.root.named_modules()), dict(b.root.named_modules())
+    paths = paired_paths(a, b, a_modules, b_modules)
+    names = display_names(a, b, paths)
+    twins = [
+        Twins(names[path], path, paths[path], module, b_modules[paths[path]])
+        for path, module in a_modules.items()
+        if path in paths
+    ]
+    if not twins:
+        raise ValueError(f"{a.component}: A and B have no module in common by name; give a name map")
+    by_path = {twin.a_path: twin.name for twin in twins}
+    for twin in twins:
+        twin.parent = nearest(twin.a_path, by_path)
+    return twins
+
+
+def paired_paths(a: Network, b: Network, a_modules: Mapping[str, Any], b_modules: Mapping[str, Any]) -> dict[str, str]:
+    """A's path -> B's."""
+    if a_modules.keys() == b_modules.keys() and type(a.root) is type(b.root):
+        return {path: path for path, module in a_modules.items() if not isinstance(module, LISTS)}
+    if a.modules or b.modules:
+        there = {name: path for path, name in b.canonical.items() if path in b_modules}
+        return {path: there[name] for path, name in a.canonical.items() if name in there and path in a_modules}
+    return same_contents(a.callable_contents(), b.callable_contents())
+
+
+def display_names(a: Network, b: Network, paths: Mapping[str, str]) -> dict[str, str]:
+    """A's path -> the name that people see. Two modules around the same weights keep two names."""
+    canonical_a, canonical_b = a.canonical, b.canonical
+    names: dict[str, str] = {}
+    for path, other in paths.items():
+        name = canonical_a.get(path, canonical_b.get(other, path))
+        full = f"{a.component}.{name}".rstrip(".")
+        names[path] = full if full not in names.values() else f"{a.component}.{path}"
+    return names
+
+
+def nearest(path: str, named: Mapping[str, str]) -> str:
+    """The name of the closest module around `path` that is in `named`."""
+    while path:
+        path = path.rpartition(".")[0]
+        if path in named:
+            return named[path]
+    return ""

@@ -1,0 +1,1 @@
+"""The parity lab, against planted mistakes and clean pairs."""

@@ -1,0 +1,43 @@
+"""The experiments on the README's page, run as they stand there."""
+
+import numpy as np
+import pytest
+import torch
+from page import run_section
+
+from minisd import StableDiffusion
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """All that the page's code makes, and the pictures of an untouched model."""
+    names = run_section("Surgery", tmp_path_factory.mktemp("surgery"))
+    sd = StableDiffusion.load("emoji")
+    for word, prompt in (("cat", "cat face"), ("heart", "red heart")):
+        names[word] = sd.text_to_image(prompt, steps=20, guidance_scale=4.0, seed=4)[0]
+    return names
+
+
+def ground(picture):
+    """The mean of red, green and blue, at the corners."""
+    pixels = np.asarray(picture, dtype=float)
+    return np.concatenate([pixels[:8, :8], pixels[:8, -8:], pixels[-8:, :8], pixels[-8:, -8:]]).mean(axis=(0, 1))
+
+
+def test_looking(found):
+    assert tuple(found["q"].shape) == (96, 96) and found["q"].dtype == torch.float16
+
+
+def test_a_silent_head_turns_the_ground_pink(found):
+    white, pink = ground(found["cat"]), ground(found["silent"])
+    assert white.min() > 245 and pink[0] - pink[1] > 30
+
+
+def test_swapped_blocks_lose_the_colours(found):
+    assert np.abs(np.asarray(found["swapped"], float) - np.asarray(found["heart"], float)).mean() > 40
+
+
+def test_a_rounded_vae_paints_nearly_the_same(found):
+    difference = np.abs(np.asarray(found["rounded"], float) - np.asarray(found["heart"], float))
+    assert 0 < difference.mean() < 5
+    assert torch.equal(found["grafted"].unet.conv_in.weight, StableDiffusion.load("emoji").unet.conv_in.weight)
