@@ -161,12 +161,12 @@ class CLIPTokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": self.pad_token}
         settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.context_length, **special}
-        merges = "\n".join(f"{left} {right}" for left, right in self.merges)
+        merges = [f"{left} {right}" for left, right in self.merges]
         added = {token: self.vocabulary[token] for token in self.added}
         plain = {token: index for token, index in self.vocabulary.items() if token not in added}
         texts = {
             "vocab.json": json.dumps(plain, ensure_ascii=False),
-            "merges.txt": f"#version: 0.2\n{merges}\n",
+            "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),  # an empty line would be refused as a merge
             "tokenizer_config.json": json.dumps(settings, indent=2),
             "special_tokens_map.json": json.dumps(special, indent=2),
             **({"added_tokens.json": json.dumps(added, ensure_ascii=False, indent=2)} if added else {}),

@@ -60,7 +60,8 @@ class Adaptable:
 
         `token` names the word; otherwise the file does, by what is in it or by its own name. A tensor (n, D) will do
         in the place of a path. Raises FileNotFoundError for a path that is not there, `minisd.CheckpointError` for
-        what is no embedding or one for another model, ValueError for a word that the vocabulary has already.
+        what is no embedding or one for another model, ValueError for a word that the vocabulary has already or that no
+        prompt can contain (an empty one, one with spaces).
         """
         from minisd.adapters.embeddings import Plain, open_embedding
 

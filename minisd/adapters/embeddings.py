@@ -44,7 +44,8 @@ def open_embedding(source: str | os.PathLike[str] | Tensor, token: str | None, w
     named = {name: read(files, name, width) for name in files.tensors}
     if token is not None and len(named) > 1:
         raise ValueError(f"{path}: holds {len(named)} words ({', '.join(sorted(named)[:4])}): token= can name only one")
-    return {token or (path.stem if name in NAMELESS else name): vectors for name, vectors in named.items()}
+    own = {name: path.stem if name in NAMELESS else name for name in named}
+    return {own[name] if token is None else token: vectors for name, vectors in named.items()}
 
 
 def open_file(path: Path) -> Files:
@@ -78,7 +79,10 @@ def read(files: Files, name: str, width: int) -> Tensor:
 def shaped(tensor: Tensor, width: int, label: str) -> Tensor:
     """One vector (width,) or several (n, width) -> (n, width), float32. Raises CheckpointError for anything else."""
     check_shape(tuple(tensor.shape), width, label)
-    return tensor.detach().reshape(-1, width).float().cpu()
+    vectors = tensor.detach().reshape(-1, width).float().cpu()
+    if not vectors.isfinite().all():
+        raise CheckpointError(f"{label} holds NaN or infinite numbers: its training went wrong")
+    return vectors
 
 
 def check_shape(shape: tuple[int, ...], width: int, label: str) -> None:
@@ -132,8 +136,21 @@ def check_names(tokens: list[str], tokenizer: CLIPTokenizer) -> None:
     """Every token must be new, whatever its case, and something that a prompt can contain."""
     known = {token.lower() for token in (*tokenizer.added, START, END)}
     for token in tokens:
-        if not token or token != " ".join(token.split()):
-            raise ValueError(f"token={token!r}: must be a word without spaces around it")
+        if fault := misspelt(token):
+            raise ValueError(f"token={token!r}: {fault}; choose a name with token=, such as '<cat>'")
         if token in tokenizer.vocabulary or token.lower() in known:
             raise ValueError(f"token={token!r}: is in the vocabulary already; choose another name with token=")
         known.add(token.lower())
+
+
+def misspelt(token: str) -> str | None:
+    """Why no prompt can contain this word, or None."""
+    if not token:
+        return "a word cannot be empty"
+    if any("\ud800" <= character <= "\udfff" for character in token):
+        return "is not valid Unicode text"
+    if token.split() != [token]:
+        return "a word cannot have spaces around it or in it"
+    if token.endswith("</w>"):
+        return "'</w>' marks the end of a word in the vocabulary"
+    return None

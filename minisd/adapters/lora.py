@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any
@@ -32,6 +32,7 @@ from minisd.checkpoint.values import DTYPES, read_tensor
 from minisd.config import ModelConfig
 
 SHOWN = 4  # layers of a kind that an error names
+MAX_ALPHA = 1_000_000  # people take 1 to a few hundred
 
 # How the name of a tensor ends -> what it is to its layer. The first that fits counts: longer endings come first.
 ROLES = {
@@ -102,9 +103,18 @@ class Change:
 
     def baked(self, weight: Tensor, scale: float = 1.0) -> Tensor:
         """The changed weight, float32, in the shape of `weight`."""
-        changed = weight.float() + self.path().product().to(weight.device) * self.scaling(scale)
+        return baked_together(weight, [(self, scale)])
+
+    def onto(self, changed: Tensor, base: Tensor, scale: float) -> Tensor:
+        """`changed`, which is `base` with other changes, with this one too: what `hook` makes of the layer's output."""
+        added = self.path().product().to(base.device) * self.scaling(scale)
         magnitude = self.magnitude()
-        return changed if magnitude is None else paths.with_magnitude(changed, magnitude.to(weight.device))
+        if magnitude is None:
+            return changed + added
+        stretch = paths.stretch(base + added, magnitude.to(base.device))
+        if magnitude.shape[0] == 1:  # by input: a factor of the weight alone, not of the output
+            return changed + ((base + added) * stretch - base)
+        return (changed + added) * stretch
 
     def magnitude(self) -> Tensor | None:
         """DoRA's lengths, with size 1 on the axes along which they are taken: (out, 1) or, rarely, (1, in)."""
@@ -117,7 +127,24 @@ class Change:
         return found.reshape(out, 1, *[1] * len(kernel))
 
     def read(self, role: str) -> Tensor:
-        return read_tensor(self.files, self.sources[role]).float()
+        """A tensor, float32. Raises CheckpointError for NaN and infinity: one of them, and every picture is black."""
+        name = self.sources[role]
+        tensor = read_tensor(self.files, name).float()
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{self.files.path}: {name} holds NaN or infinite numbers: its training went wrong")
+        return tensor
+
+
+def baked_together(weight: Tensor, changes: Sequence[tuple[Change, float]]) -> Tensor:
+    """A weight with several changes, (change, scale), in the order in which they were loaded: float32, in its shape.
+
+    It is what the hooks say of a layer with this weight: each DoRA takes its lengths from the weight as it was.
+    """
+    base = weight.detach().float()
+    changed = base
+    for one, scale in changes:
+        changed = one.onto(changed, base, scale)
+    return changed
 
 
 @dataclass(frozen=True)
@@ -332,27 +359,36 @@ class Alphas:
     def of(self, target: Target, rank: int) -> float | None:
         """The alpha of a layer, or None."""
         here = {name: self.settings.get(f"{target.component}.{name}") for name in ("lora_alpha", "alpha_pattern")}
-        alpha = here["lora_alpha"]
+        alpha: Any = here["lora_alpha"]
         pattern = here["alpha_pattern"] if isinstance(here["alpha_pattern"], dict) else {}
         for name, special in pattern.items():
             if f".{target.diffusers}".endswith(f".{name.removeprefix('^')}"):
                 alpha = special
-        if alpha is None or not self.settings.get(f"{target.component}.use_rslora"):
-            return alpha
-        return alpha * math.sqrt(rank)  # rank-stabilised: divided by the root of the rank (Kalajdzievski 2023)
+        if alpha is None:
+            return None
+        stabilised = self.settings.get(f"{target.component}.use_rslora")  # divided by the root of the rank
+        return number(alpha) * (math.sqrt(rank) if stabilised else 1)  # (Kalajdzievski 2023, arXiv:2312.03732)
 
 
 def change(target: Target, sources: Mapping[str, str], files: Files, stored: Alphas) -> Change:
     """A layer's change with its scale: alpha / rank. Without alpha, or with an alpha of 0, that is 1."""
     rank = rank_of(sources, files)
-    alpha: Any = stored.of(target, rank)
+    alpha = stored.of(target, rank)
     if "alpha" in sources:
         tensor = read_tensor(files, sources["alpha"])
-        alpha = tensor.item() if tensor.numel() == 1 else math.nan
-    if alpha is not None and (not isinstance(alpha, int | float) or not math.isfinite(alpha)):
-        raise CheckpointError(f"{files.path}: the alpha of {target.minisd} is not a number")
+        alpha = number(tensor.item()) if tensor.numel() == 1 else math.nan
+    if alpha is not None and not math.isfinite(alpha):
+        raise CheckpointError(
+            f"{files.path}: the alpha of {target.minisd} is not a number, or beyond {MAX_ALPHA:,}: none is in use"
+        )
     whole = {"lokr_w1", "lokr_w2"} <= sources.keys()  # nothing is low-rank there: the alpha has no meaning
     return Change(target, files, sources, float(rank if whole or not alpha else alpha), rank)
+
+
+def number(alpha: Any) -> float:
+    """An alpha from a file, if it is a number that a change can be multiplied by; else NaN."""
+    sound = isinstance(alpha, int | float) and not isinstance(alpha, bool) and abs(alpha) <= MAX_ALPHA
+    return float(alpha) if sound else math.nan
 
 
 def rank_of(sources: Mapping[str, str], files: Files) -> int:
@@ -399,16 +435,19 @@ def hook(one: Change, weight: Tensor, scale: float) -> paths.Beside | paths.Besi
     if magnitude is None:
         return paths.Beside(one.path().to(weight), one.scaling(scale))
     if magnitude.shape[0] == 1:  # by input: no factor of the output
-        change = one.baked(weight.detach(), scale) - weight.detach().float()
+        change = one.baked(weight, scale) - weight.detach().float()
         return paths.Beside(paths.Whole(change).to(weight), 1.0)
     return paths.BesideWithMagnitude(one.path().to(weight), one.scaling(scale), magnitude.to(weight))
 
 
 def bake(states: Mapping[str, Mapping[str, Tensor]], loaded: Iterable[Loaded]) -> dict[str, dict[str, Tensor]]:
-    """State dicts with LoRAs worked into them, one after the other: in float32, but each weight keeps its dtype."""
-    baked = {component: dict(state) for component, state in states.items()}
+    """State dicts with LoRAs worked into them, all at once: in float32, but each weight keeps its dtype."""
+    several: dict[tuple[str, str], list[tuple[Change, float]]] = defaultdict(list)
     for one in loaded:
-        for (component, name), each in one.lora.changes.items():
-            weight = baked[component][name]
-            baked[component][name] = each.baked(weight, one.scale).to(weight.dtype)
+        for weight, each in one.lora.changes.items():
+            several[weight].append((each, one.scale))
+    baked = {component: dict(state) for component, state in states.items()}
+    for (component, name), changes in several.items():
+        plain = baked[component][name]
+        baked[component][name] = baked_together(plain, changes).to(plain.dtype)
     return baked

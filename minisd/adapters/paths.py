@@ -112,9 +112,9 @@ def lengths(weight: Tensor, magnitude: Tensor) -> Tensor:
     return torch.linalg.vector_norm(weight, dim=axes, keepdim=True)
 
 
-def with_magnitude(weight: Tensor, magnitude: Tensor) -> Tensor:
-    """DoRA (Liu et al. 2024, arXiv:2402.09353): the direction of `weight`, the length that was learnt beside it."""
-    return weight * (magnitude / lengths(weight, magnitude))
+def stretch(weight: Tensor, magnitude: Tensor) -> Tensor:
+    """DoRA (Liu et al. 2024, arXiv:2402.09353): times this, `weight` keeps its direction and has the learnt length."""
+    return magnitude / lengths(weight, magnitude)
 
 
 # ---- beside the layer ------------------------------------------------------------------------------------
@@ -133,14 +133,17 @@ class Beside:
 
 @dataclass(frozen=True)
 class BesideWithMagnitude:
-    """DoRA's hook. Its lengths are those of the changed weight, and the bias has no length."""
+    """DoRA's hook. Its lengths are those of the layer's weight with this change alone, and the bias has no length.
+
+    What other LoRAs added to the output before is stretched along, as PEFT does it: there the order counts.
+    """
 
     path: Path
     scale: float
     magnitude: Tensor  # (out, 1) or (out, 1, 1, 1)
 
     def __call__(self, layer: nn.Linear | nn.Conv2d, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        share = self.magnitude / lengths(layer.weight + self.scale * self.path.product(), self.magnitude)
+        share = stretch(layer.weight + self.scale * self.path.product(), self.magnitude)
         share = share.reshape(-1) if output.ndim != 4 else share.reshape(1, -1, 1, 1)
         bias = layer.bias if layer.bias is None or output.ndim != 4 else layer.bias.reshape(1, -1, 1, 1)
         bare = output if bias is None else output - bias

@@ -111,8 +111,8 @@ def stated_configuration(component: str, files: Files, path: Path | None) -> tup
         return str(path), read_json_object(path)
     if "minisd.config" not in files.metadata:
         return "", None
-    stored = json_or_none(files.metadata["minisd.config"]) or {}
-    return f"{files.path} (metadata minisd.config)", stored.get(component, "")
+    stored = json_or_none(files.metadata["minisd.config"])
+    return f"{files.path} (metadata minisd.config)", "" if stored is None else stored.get(component)
 
 
 def json_or_none(text: str | None) -> dict[str, Any] | None:

@@ -39,6 +39,8 @@ PREFIXES = {
 # What training frameworks put in front of everything (torch.nn.DataParallel, torch.compile).
 WRAPPERS = ("", "module.", "_orig_mod.", "model.")
 
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # what weights can be
+
 MAX_DEPTH = 8  # levels, and resnets a level: twice what any Stable Diffusion has
 
 TEXT_PREFIX = "text_model."  # dropped by NovelAI-style files and by transformers 5.6 and later
@@ -334,13 +336,14 @@ def match(keys: list[Key], tensors: Tensors, naming: Naming, problems: "Problems
             problems.missing.append((naming.names(key)[0], f"{naming.component}.{key.minisd}"))
         elif not same_but_for_ones(tensors[present[0]].shape, key.shape):
             problems.shape.append((present[0], tensors[present[0]].shape, naming.shape(key)))
+        elif tensors[present[0]].dtype not in FLOATS:
+            problems.dtype.append((present[0], tensors[present[0]].dtype))
+        elif (scale := scale_of(present[0], tensors)) and not scales_rows(tensors[scale], key.shape):
+            problems.scale.append((scale, tensors[scale].shape, present[0]))
         else:
             sources[key.minisd] = present[0], key.shape
-            scale = scale_of(present[0], tensors)
-            if scale is not None:
+            if scale:
                 scales[key.minisd] = scale
-                if not scales_rows(tensors[scale], key.shape):
-                    problems.scale.append((scale, tensors[scale].shape))
     return Match(naming, sources, scales)
 
 
@@ -366,7 +369,8 @@ class Problems:
         self.unexpected: list[str] = []
         self.shape: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
         self.twice: list[tuple[str, str]] = []
-        self.scale: list[tuple[str, tuple[int, ...]]] = []
+        self.dtype: list[tuple[str, str]] = []
+        self.scale: list[tuple[str, tuple[int, ...], str]] = []  # the last is the weight's name
 
     def raise_for(self, where: str) -> None:
         """Raise CheckpointError if there is any problem: a few of each kind, with how many there are in all."""
@@ -378,9 +382,10 @@ class Problems:
                 [f"{name}: {list(got)} in the file, {list(want)} in the model" for name, got, want in self.shape],
             ),
             ("there under two names", [f"{one} and {other}" for one, other in self.twice]),
+            ("in a dtype that is not floating point", [f"{name}: {dtype}" for name, dtype in self.dtype]),
             (
                 "with a scale that minisd does not understand",
-                [f"{name} {list(shape)} (known: one number, or one a row)" for name, shape in self.scale],
+                [f"{name} {list(shape)} (known: one number, or one a row)" for name, shape, _ in self.scale],
             ),
         )
         counts = [f"{len(rows):,} tensor{'s' * (len(rows) > 1)} {kind}" for kind, rows in lists if rows]

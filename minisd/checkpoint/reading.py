@@ -8,7 +8,7 @@ once, and every other tensor of a model's files is in a known class of leftovers
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minisd.checkpoint import configs
 from minisd.checkpoint.errors import CheckpointError
-from minisd.checkpoint.files import Files, open_component_folder, open_files
+from minisd.checkpoint.files import Files, open_component_folder, open_files, shard_paths
 from minisd.checkpoint.keymap import COMPONENTS, KEYS
 from minisd.checkpoint.layouts import (
     INFER,
@@ -34,7 +34,7 @@ from minisd.checkpoint.layouts import (
 )
 from minisd.checkpoint.sources import GENERATION_CONFIG, resolve
 from minisd.checkpoint.textfiles import read_json_object
-from minisd.checkpoint.values import DTYPES, Values, read_tensor
+from minisd.checkpoint.values import Values, read_tensor
 from minisd.config import SD15, ModelConfig
 from minisd.schedulers import DDIMScheduler
 
@@ -67,14 +67,7 @@ class Checkpoint:
 
 def fit(component: str, config: Any, files: Files, naming: Naming, problems: Problems) -> Component:
     """Match a component's keys against the file."""
-    found = match(list(KEYS[component](config)), files.tensors, naming, problems)
-    for source, _ in found.sources.values():
-        if files.tensors[source].dtype not in DTYPES:
-            dtype = files.tensors[source].dtype
-            raise CheckpointError(
-                f"{files.path}: the weight {source!r} has the dtype {dtype}: weights are floating point"
-            )
-    return Component(config, files, found)
+    return Component(config, files, match(list(KEYS[component](config)), files.tensors, naming, problems))
 
 
 def leftovers(files: Files, components: list[Component], problems: Problems, spare: Naming | None = None) -> None:
@@ -83,7 +76,8 @@ def leftovers(files: Files, components: list[Component], problems: Problems, spa
     `spare` names a second set of UNet weights, raw or averaged, of which the other one was chosen.
     """
     known = set().union(*(component.match.used for component in components))
-    known |= {name for name, _, _ in problems.shape}
+    known |= {name for name, _, _ in problems.shape} | {name for name, _ in problems.dtype}
+    known |= {name for scale, _, weight in problems.scale for name in (scale, weight)}
     for component in components:
         if spare is not None and component.match.naming.component == "unet":
             known |= {name for key in KEYS["unet"](component.config) for name in spare.names(key)}
@@ -176,22 +170,35 @@ def stored_json(files: Files, name: str) -> dict[str, Any] | None:
     return stored
 
 
-def stored_config(files: Files) -> ModelConfig | None:
-    """The configuration that `sd.save` wrote into a file's metadata, if it did."""
-    stored = stored_json(files, "minisd.config")
+def stored_component(files: Files, name: str) -> Any:
+    """A component's configuration that minisd wrote into the file's metadata; None where it did not."""
+    stored = (stored_json(files, "minisd.config") or {}).get(name)
     if stored is None:
         return None
-    where = f"{files.path} (metadata)"
     try:
-        parts = {name: configs.READERS[name](stored[name], where, []) for name in COMPONENTS}
-        return ModelConfig(**parts, scheduler=checked_schedule(stored["scheduler"], where))
-    except (KeyError, TypeError, AttributeError):
+        return configs.READERS[name](stored, f"{files.path} (metadata)", [])
+    except (TypeError, AttributeError):
         raise CheckpointError(f"{files.path}: its metadata holds a broken minisd.config") from None
+
+
+def stored_schedule(files: Files) -> dict[str, Any]:
+    """The noise schedule in a file's metadata; SD 1.5's where there is none."""
+    stored = (stored_json(files, "minisd.config") or {}).get("scheduler")
+    if stored is None:
+        return dict(SD15.scheduler)
+    if not isinstance(stored, dict):
+        raise CheckpointError(f"{files.path}: its metadata holds a broken minisd.config")
+    return checked_schedule(stored, f"{files.path} (metadata)")
+
+
+def files_at(path: Path) -> Files:
+    """One file, or the shards that an index names."""
+    return open_files(shard_paths(path) if path.suffix == ".json" else [path], path)
 
 
 def open_single_file(path: Path, *, weights: str, skip: tuple[str, ...]) -> Checkpoint:
     """A single file, whatever its dialect."""
-    files = open_files([path], path)
+    files = files_at(path)
     notes: list[str] = []
     found = {name: namings(name, files.tensors) for name in COMPONENTS}
     present = [TITLES[name] for name in COMPONENTS if found[name]]
@@ -208,20 +215,19 @@ def open_single_file(path: Path, *, weights: str, skip: tuple[str, ...]) -> Chec
             hint = "; give it with vae= beside a model"
         only = f"holds a {' and a '.join(present)} only"
         raise CheckpointError(f"{path}: {only}: no {' and no '.join(TITLES[n] for n in missing)}{hint}")
-    stored = stored_config(files)
     problems = Problems()
     components = {}
     for name in COMPONENTS:
         if not found[name]:
             continue
         naming = choose_unet(found[name], files, weights, notes) if name == "unet" else found[name]["raw"]
-        config = getattr(stored, name) if stored else infer(name, files, naming)
+        config = stored_component(files, name) or infer(name, files, naming)
         components[name] = fit(name, config, files, naming, problems)
     spare = next((other for other in found["unet"].values() if other != components["unet"].match.naming), None)
     leftovers(files, list(components.values()), problems, spare)
     problems.raise_for(str(path))
     note_position_ids(files, notes)
-    scheduler = dict(stored.scheduler if stored else SD15.scheduler) | prediction_hints(files)
+    scheduler = stored_schedule(files) | prediction_hints(files.tensors)
     generation = stored_json(files, "minisd.generation") or {}
     return Checkpoint(path, components, scheduler, files.metadata.get("minisd.tokenizer"), notes, generation)
 
@@ -235,12 +241,12 @@ def infer(component: str, files: Files, naming: Naming) -> Any:
         raise CheckpointError(message if str(files.path) in message else f"{files.path}: {message}") from None
 
 
-def prediction_hints(files: Files) -> dict[str, Any]:
+def prediction_hints(names: Collection[str]) -> dict[str, Any]:
     """v-prediction and zero terminal SNR, which some files tell by a tensor of that name."""
     hints: dict[str, Any] = {}
-    if "v_pred" in files.tensors:
+    if "v_pred" in names:
         hints["prediction_type"] = "v_prediction"
-    if "ztsnr" in files.tensors:
+    if "ztsnr" in names:
         hints |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     return hints
 
@@ -273,14 +279,13 @@ def open_alone(
     if path.is_dir():
         folder = path / name if (path / name).is_dir() else path
         return open_component(folder, name, half=half, weights=weights, notes=notes)
-    files = open_files([path], path)
+    files = files_at(path)
     found = namings(name, files.tensors)
     if not found:
         raise CheckpointError(f"{path}: does not hold a {TITLES[name]}{described(files)}")
     naming = choose_unet(found, files, weights, notes) if name == "unet" else found["raw"]
     problems = Problems()
-    stored = stored_config(files)
-    config = getattr(stored, name) if stored else infer(name, files, naming)
+    config = stored_component(files, name) or infer(name, files, naming)
     component = fit(name, config, files, naming, problems)
     problems.raise_for(str(path))
     return component

@@ -60,10 +60,45 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     make_public(path)
 
 
+# What minisd writes into a model's folder. A folder that holds anything else is not minisd's to replace.
+OWN = {*COMPONENTS, "model_index.json", "scheduler", "tokenizer", GENERATION_CONFIG, "leftovers.safetensors"}
+
+
+def check_replaceable(destination: Path, *, file: bool, component: bool = False) -> None:
+    """Raise FileExistsError where something stands at `destination` that must not be lost.
+
+    Replaced are a .safetensors file, an empty folder, and a folder of which minisd would have written every entry: a
+    whole model or, for a `component`, one component. `file`: will a file be written, or a folder?
+    """
+    if destination.resolve() == Path.cwd():
+        raise FileExistsError(f"{destination}: is the current folder; choose another name")
+    if not os.path.lexists(destination):
+        return
+    if file:
+        if not destination.is_file() or destination.suffix != ".safetensors":
+            raise FileExistsError(f"{destination}: is there and is no .safetensors file; choose another name")
+        return
+    if not destination.is_dir():
+        raise FileExistsError(f"{destination}: is there and is no folder; choose another name")
+    names = {entry.name for entry in destination.iterdir()}
+    mark = "config.json" if component else "model_index.json"
+    foreign = sorted(name for name in names if not (is_weights(name) or name == mark if component else name in OWN))
+    if names and (mark not in names or foreign):
+        held = f"holds {foreign[0]}, which" if foreign else "is not a model that"
+        raise FileExistsError(f"{destination}: {held} minisd did not write; choose another name")
+
+
+def is_weights(name: str) -> bool:
+    return name.endswith((".safetensors", ".safetensors.index.json"))
+
+
 def into_place(destination: Path, write: Callable[[Path], None]) -> None:
     """Let `write` make a file or folder under a temporary name, then rename it to `destination`."""
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{destination.name[:40]}-", dir=destination.parent))
+    except OSError as error:
+        raise type(error)(f"{destination}: cannot be written: {error.strerror}") from None
     try:
         new, old = scratch / "new", scratch / "old"
         write(new)
@@ -99,13 +134,10 @@ def save(model: Model, path: str | os.PathLike[str], *, layout: str, dtype: torc
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype}: weights are floating point")
     if layout == "diffusers":
-        taken = destination.exists() and not (destination / "model_index.json").is_file()
-        if taken and not (destination.is_dir() and not any(destination.iterdir())):
-            raise FileExistsError(f"{destination}: exists and is not a model; choose another name")
+        check_replaceable(destination, file=False)
         into_place(destination, lambda folder: write_folder(model, folder, dtype))
     elif layout == "compvis":
-        if destination.is_dir():
-            raise FileExistsError(f"{destination}: is a folder; the compvis layout is one file")
+        check_replaceable(destination, file=True)
         into_place(destination, lambda file: write_single_file(model, file, dtype))
     else:
         raise ValueError(f"layout={layout!r}: must be 'diffusers' or 'compvis'")

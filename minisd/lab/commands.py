@@ -17,17 +17,18 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("paths", metavar="PATH...", nargs=-1, required=True)
 @click.option("--deep", is_flag=True, help="Read every value: NaN, zeros, limits, spread by block, sha256.")
-@click.option("--tree", "depth", is_flag=False, flag_value=3, default=0, metavar="[DEPTH]", help="Sizes by block.")
+@click.option("--tree", is_flag=True, help="Sizes by block.")
+@click.option("--depth", type=click.IntRange(1), default=3, show_default=True, help="How far down the tree goes.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON, one object a PATH and line.")
-def inspect(paths: tuple[str, ...], deep: bool, depth: int, as_json: bool) -> None:
+def inspect(paths: tuple[str, ...], deep: bool, tree: bool, depth: int, as_json: bool) -> None:
     """Say what is in weight files, from their headers: files, folders or shard indexes."""
+    from minisd.lab import report as words
     from minisd.lab.inspecting import inspect
-    from minisd.lab.report import lines, tree
 
     for path in paths:
         report = inspect(path)
         said: dict[str, Any] = report.as_dict()
-        told = [*lines(report), *tree(report, depth)]
+        told = [*words.lines(report), *words.tree(report, depth if tree else 0)]
         if deep:
             from minisd.lab import scan
 
@@ -64,7 +65,7 @@ def number_of_bytes(_: click.Context, __: click.Parameter, text: str | None) -> 
     """ "2GB", "500MB" or plain bytes."""
     if text is None:
         return None
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *(kB|MB|GB|)", text)
+    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]+)?) *(kB|MB|GB|)", text)
     if not found:
         raise click.BadParameter(f"{text!r} is not a size such as 2GB or 500MB")
     return int(float(found[1]) * {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}[found[2]])
@@ -98,6 +99,8 @@ def carry_out(job: "Job", quiet: bool) -> None:
     from minisd.checkpoint.writing import into_place
     from minisd.lab.converting import run
 
+    for note in job.checkpoint.notes if job.checkpoint else ():
+        click.echo(f"warning: {note}", err=True)
     with tqdm(total=job.bytes, unit="B", unit_scale=True, leave=False, disable=True if quiet else None) as bar:
         into_place(job.target, lambda place: run(job, place, bar.update))
     click.echo(job.target)
@@ -139,7 +142,7 @@ def merge(
         sources[1] if len(sources) > 1 else None,
         target,
         blocks=numbers(blocks) if blocks is not None else None,
-        take=dict(component_and_path(text) for text in take),
+        take=components_and_paths(take),
         loras=[path_and_scale(text) for text in loras],
         dtype=getattr(torch, dtype) if dtype else None,
         **settings,
@@ -155,11 +158,17 @@ def numbers(text: str) -> list[float]:
         raise click.BadParameter(f"--blocks {text!r} is not a list of numbers such as 0,0.5,1") from None
 
 
-def component_and_path(text: str) -> tuple[str, str]:
-    component, equals, path = text.partition("=")
-    if not equals:
-        raise click.BadParameter(f"--take {text!r} is not COMPONENT=PATH, such as vae=other.safetensors")
-    return component, path
+def components_and_paths(texts: tuple[str, ...]) -> dict[str, str]:
+    """ "vae=other.safetensors" and so on, each component once."""
+    found: dict[str, str] = {}
+    for text in texts:
+        component, equals, path = text.partition("=")
+        if not equals:
+            raise click.BadParameter(f"--take {text!r} is not COMPONENT=PATH, such as vae=other.safetensors")
+        if component in found:
+            raise click.BadParameter(f"--take {component}=... is there twice")
+        found[component] = path
+    return found
 
 
 @click.command()

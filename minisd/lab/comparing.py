@@ -56,7 +56,7 @@ class Sum:
         self.size += change.squares[1]
 
     def as_dict(self) -> dict[str, Any]:
-        return {"weights": self.weights, "changed": self.changed, "relative": self.relative}
+        return {"weights": self.weights, "changed": self.changed, "relative": finite(self.relative)}
 
 
 @dataclass
@@ -70,6 +70,7 @@ class Difference:
     blocks: dict[str, Sum]
     only: dict[str, list[str]]  # "a", "b" -> minisd's names
     misshapen: list[str]
+    settings: list[str] = field(default_factory=list)  # of configuration and schedule, what differs, in words
     verdicts: list[str] = field(default_factory=list)
 
     @property
@@ -79,7 +80,8 @@ class Difference:
 
     @property
     def same(self) -> bool:
-        return not (self.misshapen or any(self.only.values())) and all(change.equal for change in self.changes)
+        others = self.settings or self.misshapen or any(self.only.values())
+        return not others and all(change.equal for change in self.changes)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -88,12 +90,20 @@ class Difference:
             "b": self.b,
             "same": self.same,
             "verdicts": self.verdicts,
+            "settings": self.settings,
             "components": {name: one.as_dict() for name, one in self.components.items()},
             "blocks": {name: one.as_dict() for name, one in self.blocks.items()},
             "only": self.only,
             "misshapen": self.misshapen,
-            "movers": [{"name": c.name, "relative": c.relative, "cosine": c.cosine} for c in self.movers],
+            "movers": [
+                {"name": c.name, "relative": finite(c.relative), "cosine": finite(c.cosine)} for c in self.movers
+            ],
         }
+
+
+def finite(number: float) -> float | None:
+    """For JSON, which knows no infinity."""
+    return number if math.isfinite(number) else None
 
 
 def compare(
@@ -115,8 +125,23 @@ def compare(
         for title, part in report.parts.items():
             if id(part) not in used:
                 difference.only[side] += [f"{title}.{name}" for name in part.sources]
+    difference.settings = [text for pair in pairs.values() for text in other_settings(*pair)]
+    difference.settings += [f"only {side} says: {hint}" for side, hint in other_hints(one, other)]
     difference.verdicts = list(verdicts(difference, one, other))
     return difference
+
+
+def other_settings(left: Part, right: Part) -> Iterable[str]:
+    """What the configurations of a component do not have in common."""
+    for name, value in left.config.items():
+        if right.config.get(name) != value:
+            yield f"{TITLES[left.component]}: {name} is {value} in A and {right.config.get(name)} in B"
+
+
+def other_hints(one: Report, other: Report) -> Iterable[tuple[str, str]]:
+    """What only one of two files says of how it wants to be sampled."""
+    for side, mine, theirs in (("A", one.hints, other.hints), ("B", other.hints, one.hints)):
+        yield from ((side, hint) for hint in mine if hint not in theirs)
 
 
 def common(one: Report, other: Report) -> dict[str, tuple[Part, Part]]:
@@ -157,12 +182,14 @@ def measure(title: str, one: Values, other: Values, name: str) -> Change:
     equal, half = True, True
     apart = size = length = product = 0.0
     for (_, a), (_, b) in zip(one.pieces(name), other.pieces(name), strict=True):
-        same = a.dtype == b.dtype and torch.equal(a, b)
+        same = a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))  # NaN equals itself then
         half = half and (same or torch.equal(a.half(), b.half()))
         x, y = a.double().flatten(), b.double().flatten()
         equal = equal and (same or torch.equal(x, y))
         apart += float((x - y).square().sum())
         size, length, product = size + float(x @ x), length + float(y @ y), product + float(x @ y)
+    if equal and not math.isfinite(size):
+        return Change(title, True, True, 0.0, 1.0, (0.0, 0.0))
     cosine = quotient(product, math.sqrt(size * length)) if size and length else float(size == length)
     return Change(title, equal, half, math.sqrt(quotient(apart, size)), cosine, (apart, size))
 
@@ -183,6 +210,8 @@ def verdicts(difference: Difference, one: Report, other: Report) -> Iterable[str
     changed = [title for title, part in parts.items() if part.changed]
     if difference.same:
         yield "A and B are the same model"
+    elif difference.settings and not changed and not difference.misshapen and not any(difference.only.values()):
+        yield "A and B have the same weights and other settings"
     elif not changed and not difference.misshapen:
         yield "every weight that both have is the same"
     elif all(change.equal_in_half for change in difference.changes) and not difference.misshapen:
@@ -222,6 +251,8 @@ def lines(difference: Difference) -> Iterable[str]:
             f"{part.changed:,} of {part.weights:,} weights changed, by {part.relative:.2%}" if part.changed else "same"
         )
         yield f"  {title}: {state}"
+    for text in difference.settings:
+        yield f"  {text}"
     for side, names in difference.only.items():
         if names:
             yield f"  only in {side.upper()}: {len(names):,} weights such as {names[0]}"

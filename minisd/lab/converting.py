@@ -4,7 +4,8 @@
     convert("folder", "model.safetensors", dtype=torch.float16)     # and back, in half the bytes
 
 Values stream from file to file (see `streaming.py`). What a folder has no place for travels along: what stood beside
-the model in a single file goes to `leftovers.safetensors`, with the file's metadata, and comes back from there. A
+the model in a single file goes to `leftovers.safetensors`, with the file's metadata, and comes back from there (see
+`baggage.py`). A
 result has its name only when it is whole and was checked.
 """
 
@@ -19,17 +20,18 @@ import torch
 
 from minisd.checkpoint import configs
 from minisd.checkpoint.building import read_tokenizer
+from minisd.checkpoint.errors import CheckpointError
 from minisd.checkpoint.files import Files, open_files
 from minisd.checkpoint.keymap import COMPONENTS, COMPVIS_PREFIX, KEYS, Key
 from minisd.checkpoint.layouts import EMBEDDING, LORA, stranger
 from minisd.checkpoint.reading import Checkpoint, Component, check_fit, open_alone, open_checkpoint
 from minisd.checkpoint.sources import STEMS, index_name, single_name
 from minisd.checkpoint.values import Values
-from minisd.checkpoint.writing import into_place, settings_as_metadata, write_json, write_settings
+from minisd.checkpoint.writing import check_replaceable, into_place, write_json, write_settings
+from minisd.lab import baggage
 from minisd.lab.pickles import unpickle
 from minisd.lab.streaming import Entry, copied, weight, write_file
 
-LEFTOVERS = "leftovers.safetensors"
 LAYOUTS = ("diffusers", "compvis")
 
 Advance = Callable[[int], object]  # told how many bytes were written
@@ -91,13 +93,17 @@ def opened(
     if not from_pickle:
         yield source
         return
-    beside = Path(os.path.expanduser(target)).parent
+    path, beside = Path(os.path.expanduser(source)), Path(os.path.expanduser(target)).parent
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    check_apart(Path(os.path.expanduser(target)), [path])
     beside.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".unpickled-", dir=beside) as scratch:
-        path = Path(os.path.expanduser(source))
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file")
-        yield unpickle(path, Path(scratch) / f"{path.stem}.safetensors")
+        copy = Path(scratch) / f"{path.stem}.safetensors"
+        try:
+            yield unpickle(path, copy)
+        except CheckpointError as error:  # people know the pickle, not its copy
+            raise CheckpointError(str(error).replace(str(copy), str(path))) from None
 
 
 def plan(
@@ -115,11 +121,13 @@ def plan(
     destination = Path(os.path.expanduser(target))
     layout = layout or ("compvis" if destination.suffix == ".safetensors" else "diffusers")
     check(destination, layout, component, dtype, shard_size)
+    check_apart(destination, [source])
     if component is not None:
         part = open_alone(source, component, weights=weights)
         entries = {component: rename(part, component, layout, dtype)}
+        metadata = baggage.of_component(component, part.config, entries[component])
         return Job(
-            target=destination, layout=layout, checkpoint=None, entries=entries, leftovers=[], metadata={},
+            target=destination, layout=layout, checkpoint=None, entries=entries, leftovers=[], metadata=metadata,
             shard_size=shard_size, components={component: part},
         )  # fmt: skip
     adapter = adapter_file(source)
@@ -131,11 +139,10 @@ def plan(
         checkpoint.components[name] = open_alone(take[name], name, weights=weights)
     check_fit(checkpoint)
     entries = {name: rename(part, name, layout, dtype) for name, part in checkpoint.components.items()}
-    beside, metadata = (None, {}) if lean else left(checkpoint)
-    if layout == "compvis" and (not metadata or take):
-        words = read_tokenizer(checkpoint, None)
-        metadata |= {"format": "pt", **settings_as_metadata(checkpoint.config, words, checkpoint.generation)}
+    beside, metadata = (None, {}) if lean else baggage.beside(checkpoint)
     leftovers = [copied(beside, name, name, info.shape) for name, info in beside.tensors.items()] if beside else []
+    if layout == "compvis":
+        metadata = baggage.with_settings(metadata, checkpoint, [one for part in entries.values() for one in part])
     return Job(
         target=destination, layout=layout, checkpoint=checkpoint, entries=entries, leftovers=leftovers,
         metadata=metadata, shard_size=shard_size, components=checkpoint.components,
@@ -173,11 +180,18 @@ def check(target: Path, layout: str, component: str | None, dtype: torch.dtype |
         raise ValueError(
             f"{target}: diffusers' layout is a folder; choose a name without .safetensors, or one component"
         )
-    is_model = (target / "model_index.json").is_file() or (target / "config.json").is_file()
-    if target.is_dir() and any(target.iterdir()) and not is_model:
-        raise FileExistsError(f"{target}: exists and is not a model; choose another name")
-    if target.is_file() and target.suffix != ".safetensors":
-        raise FileExistsError(f"{target}: is a file that is no safetensors; choose another name")
+    if layout == "compvis" and target.suffix != ".safetensors":
+        raise ValueError(f"{target}: the compvis layout is one file; choose a name that ends in .safetensors")
+    check_replaceable(target, file=target.suffix == ".safetensors", component=component is not None)
+
+
+def check_apart(target: Path, sources: Iterable[str | os.PathLike[str]]) -> None:
+    """Raise ValueError where writing the target would replace a source."""
+    place = target.resolve()
+    for source in sources:
+        path = Path(os.path.expanduser(source))
+        if path.exists() and place in (path.resolve(), *path.resolve().parents):
+            raise ValueError(f"{target}: would replace {source}, which is read; choose another name")
 
 
 def rename(part: Component, component: str, layout: str, dtype: torch.dtype | None) -> list[Entry]:
@@ -193,20 +207,6 @@ def place_of(key: Key, component: str, layout: str) -> tuple[str, tuple[int, ...
     if layout == "diffusers":
         return key.diffusers, key.shape
     return COMPVIS_PREFIX[component] + key.compvis, key.compvis_shape
-
-
-def left(checkpoint: Checkpoint) -> tuple[Files | None, dict[str, str]]:
-    """What a single file holds beside the model, and its metadata; a folder has it in a file of its own."""
-    if checkpoint.path.is_dir():
-        path = checkpoint.path / LEFTOVERS
-        if not path.is_file():
-            return None, {}
-        files = open_files([path], path)
-        return files, dict(files.metadata)
-    files = open_files([checkpoint.path], checkpoint.path)
-    used = {name for part in checkpoint.components.values() for name in part.match.used}
-    rest = {name: info for name, info in files.tensors.items() if name not in used}
-    return Files(files.path, rest, files.location, files.metadata), dict(files.metadata)
 
 
 # ---- writing ---------------------------------------------------------------------------------------------
@@ -229,7 +229,7 @@ def run(job: Job, place: Path, advance: Advance) -> None:
         words = read_tokenizer(job.checkpoint, None)
         write_settings(place, job.checkpoint.config, words, job.checkpoint.generation)
         if job.leftovers or job.metadata:
-            write_file(place / LEFTOVERS, job.leftovers, job.metadata, advance)
+            write_file(place / baggage.LEFTOVERS, job.leftovers, job.metadata, advance)
 
 
 def write_shards(

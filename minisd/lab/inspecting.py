@@ -29,7 +29,6 @@ from minisd.lab.official import official
 
 SCHEDULE = Path("scheduler") / "scheduler_config.json"
 MAX_STEPS = 1_000_000  # schedulers' MAX_TIMESTEPS: they come with torch, this file does not
-FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # what weights can be
 
 KINDS = {4: "", 5: " for depth to image", 8: " for editing by instruction", 9: " for inpainting"}  # by channels in
 
@@ -177,9 +176,8 @@ def describe(found: Found) -> Part:
 
 def other_flaw(found: Found) -> str | None:
     """What besides missing and misshapen weights keeps a component from loading."""
-    integers = [name for name, _ in found.match.sources.values() if found.files.tensors[name].dtype not in FLOATS]
-    if integers:
-        return f"the weight {integers[0]} has the dtype {found.files.tensors[integers[0]].dtype}"
+    if found.problems.dtype:
+        return "the weight {} has the dtype {}".format(*found.problems.dtype[0])
     if found.problems.twice:
         return "{} and {} are one weight under two names".format(*found.problems.twice[0])
     if found.problems.scale:
@@ -295,9 +293,9 @@ def warnings(files: Files, parts: Mapping[str, Part]) -> Iterable[str]:
             yield f"{TITLES[part.component]}: mixed dtypes {', '.join(part.dtypes)}"
         if any(dtype.startswith("F8") for dtype in part.dtypes):
             yield f"{TITLES[part.component]}: 8-bit floats, which lost most of their precision"
-    scaled = [name for name in files.tensors if name.endswith((".scale_weight", ".weight_scale", "scaled_fp8"))]
-    if scaled:
-        yield f"{len(scaled)} scales of 8-bit weights: a program that ignores them paints white"
+    scales = sum(len(part.match.scales) for part in parts.values())
+    if scales:
+        yield f"{scales} scale{'s' * (scales > 1)} of 8-bit weights: a program that ignores them paints white"
     for name, info in files.tensors.items():
         if name.endswith("embeddings.position_ids") and damaged(files.location[name], info):
             yield f"{name} is damaged (a merge did that): minisd and diffusers do not use it, other programs do"

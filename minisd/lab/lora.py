@@ -30,6 +30,7 @@ Source = str | os.PathLike[str]
 # it, at 1/50 of the time (1280 x 1280: 0.02 s for 1 s).
 SPARE, ROUNDS = 8, 4
 SEED = 0
+LARGEST = 1e9  # of differences, as a norm: the factors have its root, which must fit into float16
 TARGETS = ("unet", "text_encoder")
 
 
@@ -102,9 +103,19 @@ def common(a: Source, b: Source) -> dict[str, tuple[Found, Found]]:
         for path, side in ((a, left), (b, right)):
             side.problems.raise_for(str(path))
         for key in left.keys:
-            if key.minisd not in right.match.sources or right.match.sources[key.minisd][1] != key.shape:
-                raise CheckpointError(f"{a} and {b}: the {TITLES[name]}s differ in shape at {key.minisd}")
+            theirs = right.match.sources.get(key.minisd, (None, ()))[1]
+            if theirs != key.shape:
+                words = learnt_words(key.minisd, key.shape, theirs)
+                raise CheckpointError(f"{a} and {b}: the {TITLES[name]}s differ in shape at {key.minisd}{words}")
     return pairs
+
+
+def learnt_words(name: str, a: tuple[int, ...], b: tuple[int, ...]) -> str:
+    """Tables of tokens that differ only in length: what that means, and the way out. Of anything else: nothing."""
+    if name != "token_embedding.weight" or a[1:] != b[1:]:
+        return ""
+    longer = "A" if a > b else "B"
+    return f": {longer} has learnt {abs(a[0] - b[0])} more tokens, which no LoRA holds; give one saved without them"
 
 
 def changed_layers(
@@ -118,14 +129,26 @@ def changed_layers(
         advance(1)
         if not difference.any():
             continue
+        size = float(torch.linalg.vector_norm(difference, dtype=torch.float64))
+        if not size < LARGEST:
+            raise CheckpointError(too_large(name, (a, one), (b, other)))
         if layer is None:
             kept.outside += 1
             continue
         down, up, energy = factored(difference, rank)
         kept.layers += 1
-        kept.difference += float(torch.linalg.vector_norm(difference, dtype=torch.float64)) ** 2
+        kept.difference += size**2
         kept.kept += energy
         yield layer, down, up
+
+
+def too_large(name: str, *sides: tuple[Values, Found]) -> str:
+    """Which file makes this difference endless, or NaN."""
+    for values, found in sides:
+        if not values[name].isfinite().all():
+            return f"{found.files.location[values.match.sources[name][0]]}: {name} holds NaN or infinite numbers"
+    files = " and ".join(str(found.files.path) for _, found in sides)
+    return f"{files}: {name} differs by more than a LoRA can hold (a norm of {LARGEST:,.0f})"
 
 
 def factored(difference: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:

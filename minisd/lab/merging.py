@@ -30,7 +30,7 @@ from minisd.checkpoint.layouts import TITLES, ignorable
 from minisd.checkpoint.sources import sha256
 from minisd.checkpoint.values import Values
 from minisd.checkpoint.writing import into_place
-from minisd.lab.converting import Advance, Job, plan, run
+from minisd.lab.converting import Advance, Job, check_apart, plan, run
 from minisd.lab.streaming import NAMES, Entry, Made
 
 Source = str | os.PathLike[str]
@@ -101,6 +101,9 @@ def prepare(
 ) -> Job:
     """Read the headers, and the sources' sums, and settle everything: nothing is written yet."""
     check(b, weight, minus, slerp, blocks, take, loras)
+    sources = [path for path in (b, minus, *take.values(), *(path for path, _ in loras)) if path is not None]
+    check_apart(Path(os.path.expanduser(target)), sources)
+    find(a, weights)  # says what A is, if it is no model
     job = plan(a, target, layout, None, dtype, weights, lean=False, shard_size=None, take=take)
     assert job.checkpoint is not None  # it is a whole model
     mixture = None
@@ -117,11 +120,11 @@ def prepare(
     used |= {"C": [found.files for found in mixture.c.values()]} if mixture and mixture.c else {}
     used |= {name: [job.components[name].files] for name in take}
     how = {"weight": weight, "blocks": blocks and list(blocks), "slerp": slerp} if mixture else {}
-    recipe = {**how, "loras": [{"name": Path(path).name, "scale": scale} for path, scale in loras]}
-    sources = {letter: sums(paths_of(files)) for letter, files in used.items()}
-    sources |= {"loras": sums([Path(os.path.expanduser(path)) for path, _ in loras])} if loras else {}
+    recipe = {**how, "weights": weights, "loras": [{"name": Path(path).name, "scale": scale} for path, scale in loras]}
+    hashes = {letter: sums(paths_of(files)) for letter, files in used.items()}
+    hashes |= {"loras": sums([Path(os.path.expanduser(path)) for path, _ in loras])} if loras else {}
     leftovers = [one for one in job.leftovers if ignorable(one.name) in STILL_TRUE]
-    told = {RECIPE: json.dumps({"recipe": recipe, "sources": sources})}
+    told = {RECIPE: json.dumps({"recipe": recipe, "sources": hashes})}
     return replace(job, entries=entries, leftovers=leftovers, recipe=told)
 
 
@@ -240,8 +243,8 @@ def mixed(a: Values, others: Sequence[Values], name: str, share: float, slerp: b
 def arc(a: Values, b: Values, name: str, share: float) -> tuple[float, float]:
     """The factors of A and B at `share` of the arc between them: sin((1-t)W)/sin W and sin(tW)/sin W, W their angle."""
     xx = yy = xy = 0.0
-    for (_, x), (_, y) in zip(a.pieces(name), b.pieces(name), strict=True):
-        x, y = x.double().flatten(), y.double().flatten()
+    for (_, whole), (_, part) in zip(a.pieces(name), b.pieces(name), strict=True):
+        x, y = whole[tuple(map(slice, part.shape))].double().flatten(), part.double().flatten()
         xx, yy, xy = xx + float(x @ x), yy + float(y @ y), xy + float(x @ y)
     cosine = xy / math.sqrt(xx * yy) if xx and yy else 1.0
     if abs(cosine) > PARALLEL:
@@ -299,5 +302,7 @@ def paths_of(several: Iterable[Files]) -> list[Path]:
 def sums(paths: Sequence[Path]) -> dict[str, str]:
     """The files' sha256 by their names, those of a component's folder with its name; hashed side by side."""
     names = [f"{path.parent.name}/{path.name}" if path.parent.name in COMPONENTS else path.name for path in paths]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
     with ThreadPoolExecutor() as pool:
         return dict(zip(names, pool.map(sha256, paths), strict=True))

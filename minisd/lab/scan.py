@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from minisd.checkpoint.sources import sha256
+from minisd.checkpoint.values import DTYPES, memory_mapped
 from minisd.lab.inspecting import Report
 
 SATURATED = 65504.0  # the largest float16: what a careless conversion leaves of anything larger
@@ -41,7 +41,7 @@ def scan(report: Report) -> Findings:
             for ours, name in part.sources.items()
         }
         for path in dict.fromkeys(files.location.values()):
-            with safe_open(path, framework="pt") as file:
+            with memory_mapped(path) as file:
                 for name in file.keys():  # noqa: SIM118 (it is no dict)
                     tensor = file.get_tensor(name)
                     judge(name, tensor, found)
@@ -56,7 +56,7 @@ def scan(report: Report) -> Findings:
 
 def judge(name: str, tensor: Tensor, found: Findings) -> None:
     """Put the tensor's name where it belongs."""
-    if not tensor.is_floating_point() or not tensor.numel():
+    if tensor.dtype not in DTYPES.values() or not tensor.numel():
         return
     values = tensor.float()
     if values.isnan().any():

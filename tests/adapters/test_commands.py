@@ -25,6 +25,8 @@ def place(tmp_path_factory) -> Path:
     write(place / "style.safetensors", lora(sd.config, pick=everything, spread=0.1))
     write(place / "wide.safetensors", lora(sd.config) | {"lora_unet_nowhere.lora_up.weight": torch.zeros(1, 1)})
     write(place / "zork.safetensors", {"emb_params": torch.randn(2, 64, generator=torch.Generator().manual_seed(0))})
+    broken = {name: tensor * float("nan") for name, tensor in lora(sd.config).items() if "lora_down" in name}
+    write(place / "nan.safetensors", lora(sd.config) | broken)
     write(place / "sd2.safetensors", {"emb_params": torch.zeros(1, 1024)})
     sd.load_lora(place / "style.safetensors")
     sd.save(place / "tuned")
@@ -101,7 +103,10 @@ def test_other_commands_take_them_too(run, place):
         ("--lora", "tiny", "is a folder"),
         ("--embedding", "sd2.safetensors", "it is for SD 2.x"),
         ("--embedding", "style.safetensors", "an embedding was expected"),
-        ("--embedding", "zork.safetensors:red</w>", "is in the vocabulary already"),
+        ("--lora", "nan.safetensors", "lora_down.weight holds NaN or infinite numbers"),
+        ("--embedding", "zork.safetensors:<|endoftext|>", "is in the vocabulary already"),
+        ("--embedding", "zork.safetensors:", "token='': a word cannot be empty; choose a name"),
+        ("--embedding", "zork.safetensors:a cat", "token='a cat': a word cannot have spaces"),
         ("--embedding", "nowhere.safetensors", "no such file"),
     ],
 )

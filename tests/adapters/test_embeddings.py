@@ -150,6 +150,9 @@ def test_a_tensor_in_the_place_of_a_file():
     assert sd.load_embedding(torch.ones(WIDTH), "<x>") == ["<x>"]
     with pytest.raises(ValueError, match="a tensor has no name: give token="):
         sd.load_embedding(torch.ones(WIDTH))
+    with pytest.raises(minisd.CheckpointError, match="the tensor holds NaN or infinite numbers"):
+        sd.load_embedding(torch.full((WIDTH,), float("nan")), "<y>")
+    assert list(sd.embeddings) == ["<x>"]
 
 
 def test_words_work_in_every_place_where_prompts_do(tmp_path):
@@ -243,6 +246,8 @@ BAD = {
     "no vectors": ({"<x>": torch.zeros(0, 64)}, "1 to 75 vectors"),
     "too many": ({"<x>": torch.zeros(76, 64)}, "1 to 75 vectors"),
     "integers": ({"<x>": torch.zeros(1, 64, dtype=torch.int32)}, "has the dtype I32"),
+    "NaN": ({"<x>": torch.full((2, 64), float("nan"))}, "holds NaN or infinite numbers"),
+    "infinity in float16": ({"<x>": torch.full((64,), float("inf")).half()}, "holds NaN or infinite numbers"),
     "nothing": ({}, "holds no tensors"),
     "a LoRA": ({"lora_unet_x.lora_up.weight": torch.zeros(2, 2)}, "is a LoRA: .*; an embedding was expected"),
 }
@@ -257,12 +262,41 @@ def test_what_is_no_embedding_for_this_model(tmp_path, tensors, message):
     assert sd.embeddings == {} and sd.tokenizer is TOKENIZER
 
 
-@pytest.mark.parametrize("token", ["red</w>", "<|endoftext|>", "<|ENDOFTEXT|>", "", " <x>", "<x>\n", "a  b"])
-def test_names_that_cannot_be_words(token):
+NO_WORDS = {
+    "<|endoftext|>": "is in the vocabulary already",
+    "<|ENDOFTEXT|>": "is in the vocabulary already",
+    "red</w>": "'</w>' marks the end of a word",
+    "new</w>": "'</w>' marks the end of a word",
+    "": "a word cannot be empty",
+    " <x>": "spaces around it or in it",
+    "<x>\n": "spaces around it or in it",
+    "a  b": "spaces around it or in it",
+    "a cat": "spaces around it or in it",
+    "a\u3000cat": "spaces around it or in it",
+    "\ud800": "is not valid Unicode text",
+    "cat\udfff": "is not valid Unicode text",
+}
+
+
+@pytest.mark.parametrize(("token", "message"), NO_WORDS.items(), ids=ascii)
+def test_names_that_cannot_be_words(tmp_path, token, message):
+    """Of a tensor, of a file, and of what stands in the file: one clear sentence."""
     sd = tiny_model()
-    with pytest.raises(ValueError, match=r"in the vocabulary already|without spaces around"):
-        sd.load_embedding(torch.ones(WIDTH), token)
+    path = tmp_path / "fine.safetensors"
+    save_file({"emb_params": torch.ones(2, WIDTH)}, path)
+    for source in (torch.ones(WIDTH), path):
+        with pytest.raises(ValueError, match=message) as caught:
+            sd.load_embedding(source, token)
+        assert str(caught.value).startswith(f"token={token!r}: ") and str(caught.value).isprintable()
     assert sd.embeddings == {} and sd.tokenizer is TOKENIZER
+
+
+def test_files_whose_own_names_are_no_words(tmp_path):
+    """token= is the way out."""
+    for tensors, name in (({"a cat": torch.ones(WIDTH)}, "x"), ({"emb_params": torch.ones(WIDTH)}, "a cat")):
+        with pytest.raises(ValueError, match="token='a cat': .*in it; choose a name with token="):
+            load(tensors, tmp_path, name=name)
+        assert load(tensors, tmp_path, name=name, token="<cat>")[1] == ["<cat>"]
 
 
 def test_names_that_are_taken():

@@ -160,3 +160,39 @@ def test_what_cannot_be_extracted(models, tmp_path):
         with pytest.raises(ValueError, match=r"must|is a folder"):
             extract(models / "a", models / "b.safetensors", rank=rank, target=tmp_path / target)
     assert not (tmp_path / "e.safetensors").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e9])
+@pytest.mark.parametrize("weight", ["conv_in", "norm_out"])
+def test_numbers_that_no_lora_holds(models, tmp_path, value, weight):
+    """The file and the weight are named, whichever side they are on; a finite one is a matter of both."""
+    sd = minisd.StableDiffusion.load(models / "a")
+    with torch.no_grad():
+        sd.unet.get_submodule(weight).weight[0] = value
+    sd.save(tmp_path / "broken")
+    sides = [models / "a", tmp_path / "broken"]
+    said = "differs by more than a LoRA can hold" if value == 3e9 else "holds NaN or infinite numbers"
+    for pair in (sides, sides[::-1], *([[sides[1]] * 2] if value != 3e9 else [])):
+        with pytest.raises(minisd.CheckpointError, match=rf"broken/unet/.*\.safetensors.*{weight}\.weight {said}"):
+            extract(*pair, rank=2, target=tmp_path / "e.safetensors")
+    assert not (tmp_path / "e.safetensors").exists()
+
+
+def test_a_difference_that_is_just_held(models, tmp_path):
+    """At the limit of what is taken, the factors are finite in float16."""
+    sd = minisd.StableDiffusion.load(models / "a")
+    with torch.no_grad():
+        sd.unet.conv_in.weight[0, 0, 0, 0] = 0.99e9
+    sd.save(tmp_path / "large")
+    done = extract(models / "a", tmp_path / "large", rank=1, target=tmp_path / "e.safetensors")
+    assert all(tensor.isfinite().all() for tensor in load_file(done.path).values())
+    assert done.components["unet"].energy == pytest.approx(1)
+
+
+def test_a_model_with_learnt_words(models, tmp_path):
+    sd = minisd.StableDiffusion.load(models / "a")
+    sd.load_embedding(torch.ones(3, 64), "<x>")
+    sd.save(tmp_path / "taught")
+    for a, b, letter in ((models / "a", tmp_path / "taught", "B"), (tmp_path / "taught", models / "a", "A")):
+        with pytest.raises(minisd.CheckpointError, match=f"token_embedding.weight: {letter} has learnt 3 more tokens"):
+            extract(a, b, rank=2, target=tmp_path / "e.safetensors")

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 import minisd
 from minisd.adapters import lora as reading
-from minisd.adapters.lora import open_lora
+from minisd.adapters.lora import baked_together, open_lora
 from minisd.config import SD15
-from tests.adapters.makers import attention, everything, lora, shapes, write
+from tests.adapters.makers import ENDINGS, attention, everything, lora, shapes, write
 from tests.unit.tiny import equal, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
@@ -168,6 +168,28 @@ def test_dora(pair, inputs, loaded, tmp_path):
         if found is not None:
             module["lora0"].weight.data = found
     check(pair, inputs, before)
+
+
+@pytest.mark.parametrize("kinds", ["LD", "DL", "DD", "LDL"])
+def test_dora_among_others(pair, inputs, loaded, tmp_path, kinds):
+    """LoRAs (L) and DoRAs (D) of the same layers in any order. There the order counts, in diffusers as here."""
+    files = [write(tmp_path / f"{n}.safetensors", some(pair[1].config, kind, n)) for n, kind in enumerate(kinds)]
+    scales = [0.9, 0.6, -0.4]
+    check(pair, inputs, loaded(list(zip(files, scales, strict=False))), changed=("unet",))
+
+
+def some(config, kind: str, seed: int) -> dict:
+    """A LoRA of the UNet; as a DoRA (D) with lengths by output in PEFT's way, or (I) by input in kohya's."""
+    dialect = "kohya" if kind == "I" else "peft"
+    tensors = lora(config, dialect, only="unet", pick=everything, rank=3, spread=0.15, seed=seed)
+    down, up = ENDINGS[dialect]
+    generator = torch.Generator().manual_seed(seed)
+    for name in [name.removesuffix(up) for name in tensors if name.endswith(up) and kind != "L"]:
+        outs, ins, kernel = len(tensors[name + up]), tensors[name + down].shape[1], [1] * (tensors[name + up].ndim - 2)
+        shape = (1, ins, *kernel) if kind == "I" else (1, outs, *kernel) if kernel else (outs,)
+        ending = ".dora_scale" if kind == "I" else ".lora_magnitude_vector"
+        tensors[name + ending] = 1 + 0.3 * torch.rand(shape, generator=generator)
+    return tensors
 
 
 # ------------------------------------------------ dialects that diffusers does not read
@@ -392,6 +414,57 @@ def test_saving_bakes(tmp_path, layout):
     assert not equal(sd, baked)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kinds", ["L", "D", "I", "LD", "DL", "DD", "LI", "IL", "DI", "LDL"])
+def test_saved_equals_live_in_any_company(tmp_path, kinds):
+    """LoRAs (L) and DoRAs (by output D, by input I) of the same layers, in any order."""
+    sd, context = tiny_model(), torch.randn(1, 77, 64, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    plain = sd.unet(x, torch.tensor(10), context)
+    for number, (kind, scale) in enumerate(zip(kinds, (0.9, 0.6, -0.4), strict=False)):
+        sd.load_lora(write(tmp_path / f"{number}.safetensors", some(sd.config, kind, number)), scale)
+    sd.save(tmp_path / "saved")
+    live = sd.unet(x, torch.tensor(10), context)
+    saved = minisd.StableDiffusion.load(tmp_path / "saved").unet(x, torch.tensor(10), context)
+    assert (live - plain).abs().max() > 0.01 * plain.abs().max()
+    assert (live - saved).abs().max() < 1e-5 * live.abs().max()
+
+
+def test_plain_loras_are_baked_as_one_after_the_other(tmp_path):
+    """In float32, with one rounding at the end, whatever the dtype of the weight."""
+    sd = tiny_model()
+    name = "middle.0.attention.self_attn.q.weight"
+    changes = []
+    for number in range(3):
+        path = write(tmp_path / f"{number}.safetensors", lora(sd.config, only="unet", seed=number))
+        changes.append((open_lora(path, sd.config).changes["unet", name], 0.5))
+    weight = sd.unet.get_parameter(name)
+    one_by_one = weight
+    for change, scale in changes:
+        one_by_one = change.baked(one_by_one, scale)
+    together = baked_together(weight, changes)
+    assert torch.equal(together, one_by_one) and together.dtype == torch.float32
+    assert torch.equal(baked_together(weight.half(), changes), baked_together(weight.half().float(), changes))
+    assert torch.equal(baked_together(weight, []), weight)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["lora_down.weight", "lora_up.weight", "dora_scale"])
+def test_numbers_that_are_not_finite(tmp_path, where, value):
+    """One in the last layer's tensors: refused before the first layer is touched."""
+    sd = tiny_model()
+    tensors = some(sd.config, "I", 0)
+    name = [name for name in tensors if name.endswith(where)][-1]
+    tensors[name][0, -1] = value
+    path = write(tmp_path / "a.safetensors", tensors)
+    with pytest.raises(minisd.CheckpointError, match=f"^{path}: {name} holds NaN or infinite numbers"):
+        sd.load_lora(path)
+    assert sd.loras == [] and not any(module._forward_hooks for module in sd.unet.modules())
+    changes = open_lora(path, sd.config).changes.values()
+    with pytest.raises(minisd.CheckpointError, match="holds NaN or infinite numbers"):
+        [baked_together(torch.zeros(change.target.shape), [(change, 1.0)]) for change in changes]
+
+
 def test_a_loaded_lora_follows_dtype(tmp_path):
     sd = tiny_model()
     sd.unet.to(torch.bfloat16)
@@ -433,6 +506,8 @@ BAD = {
     "vectors": ({f"{KEY}.lora_down.weight": torch.zeros(2), **MID_UP}, "are no matrices"),
     "integers": (MID_DOWN | {f"{KEY}.lora_up.weight": torch.zeros(32, 2, dtype=torch.int32)}, "I32.*floating point"),
     "alpha NaN": (MID_DOWN | MID_UP | {f"{KEY}.alpha": torch.tensor(float("nan"))}, "alpha of middle.0.* is not a num"),
+    "a boolean alpha": (MID_DOWN | MID_UP | {f"{KEY}.alpha": torch.tensor(True)}, "is not a number"),
+    "an endless alpha": (MID_DOWN | MID_UP | {f"{KEY}.alpha": torch.tensor(1e30)}, "beyond 1,000,000"),
     "two alphas": (MID_DOWN | MID_UP | {f"{KEY}.alpha": torch.ones(2)}, "is not a number"),
     "twice": (
         MID_DOWN | MID_UP | {k.replace("lora_unet_mid_block_attentions_0", "lora_unet_middle_block_1"): v.clone()
@@ -464,9 +539,20 @@ def test_broken_metadata(tmp_path):
     path = write(tmp_path / "a.safetensors", MID_DOWN | MID_UP, {"lora_adapter_metadata": "[" * 9})
     with pytest.raises(minisd.CheckpointError, match="broken lora_adapter_metadata"):
         open_lora(path, tiny_model().config)
-    path = write(path, MID_DOWN | MID_UP, {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": "four"})})
-    with pytest.raises(minisd.CheckpointError, match="is not a number"):
-        open_lora(path, tiny_model().config)
+
+
+ALPHAS = ["four", "x", [1], {"a": 1}, True, float("nan"), float("inf"), 1e308, 10**400, -(10**400), 1_000_001]
+
+
+@pytest.mark.parametrize("stabilised", [True, False])
+@pytest.mark.parametrize("alpha", ALPHAS, ids=lambda alpha: str(alpha)[:8])
+def test_alphas_that_are_none(tmp_path, alpha, stabilised):
+    """Whatever metadata say, in general or for a layer: type, finiteness and size before any arithmetic."""
+    for settings in ({"unet.lora_alpha": alpha}, {"unet.alpha_pattern": {"attn2.to_k": alpha}}):
+        metadata = {"lora_adapter_metadata": json.dumps(settings | {"unet.use_rslora": stabilised})}
+        path = write(tmp_path / "a.safetensors", MID_DOWN | MID_UP, metadata)
+        with pytest.raises(minisd.CheckpointError, match=f"^{path}: the alpha of middle.0.* is not a number, or beyond"):
+            open_lora(path, tiny_model().config)
 
 
 def test_files_that_are_no_safetensors(tmp_path):

@@ -12,8 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from minisd import StableDiffusion
+from minisd.checkpoint.reading import open_alone
 from minisd.lab.commands import convert as convert_command
 from minisd.lab.converting import convert
+from minisd.lab.inspecting import inspect
+from minisd.lab.zoo import write_zoo
 from tests.unit.tiny import compvis_tensors, equal, tiny_model
 
 BESIDE = {
@@ -166,7 +169,10 @@ def test_the_command(single, tmp_path):
 
 MEASURE = """
 import resource, sys
+from minisd.checkpoint.reading import open_alone
 from minisd.lab.converting import convert
+from minisd.lab.inspecting import inspect
+from minisd.lab.zoo import write_zoo
 import torch
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 convert(sys.argv[1], sys.argv[2], dtype=getattr(torch, sys.argv[3], None))
@@ -189,3 +195,135 @@ def test_memory_does_not_grow_with_the_file(tmp_path, dtype):
 def contents_of_tiny(folder):
     compvis_tensors(tiny_model(), folder)
     return contents(folder / "tiny.safetensors")
+
+
+# ------------------------------------------------ nothing is lost
+
+
+def entries(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_only_what_minisd_wrote_is_replaced(single, tmp_path):
+    """A folder with anything else in it stays, whatever it is called; so does a folder where a file is asked for."""
+    cases = {
+        "project": {"config.json": "{}", "src/thesis.txt": "x"},
+        "repository": {"README.md": "x"},
+        "checked": {"safety_checker/config.json": "{}"},
+    }
+    for name, files in cases.items():
+        folder = tmp_path / name
+        if name != "project":
+            convert(single, folder)
+        for file, text in files.items():
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_text(text)
+        before = entries(folder)
+        with pytest.raises(FileExistsError, match="did not write; choose another name"):
+            convert(single, folder)
+        assert entries(folder) == before
+    convert(single, tmp_path / "own")
+    convert(single, tmp_path / "own")  # a whole model of minisd's is replaced
+    with pytest.raises(FileExistsError, match="minisd did not write"):
+        convert(single, tmp_path / "own", component="unet")
+    (tmp_path / "own").rename(tmp_path / "own.safetensors")
+    with pytest.raises(FileExistsError, match=r"is no \.safetensors file"):
+        convert(single, tmp_path / "own.safetensors")
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    with pytest.raises(FileExistsError, match=r"is no \.safetensors file"):
+        convert(single, tmp_path / "pipe.safetensors")
+
+
+def test_a_source_is_never_replaced(single, tmp_path):
+    mine = tmp_path / "mine.safetensors"
+    mine.write_bytes(single.read_bytes())
+    convert(single, tmp_path / "folder")
+    for source, target, settings in (
+        (mine, mine, {"dtype": torch.float16}),
+        (tmp_path / "folder", tmp_path / "folder", {}),
+        (tmp_path / "folder" / "vae", tmp_path / "folder", {"component": "vae"}),
+    ):
+        with pytest.raises((ValueError, FileExistsError), match="choose another name"):
+            convert(source, target, **settings)
+    assert mine.read_bytes() == single.read_bytes()
+
+
+def test_a_folders_own_settings_are_the_ones_that_count(single, tmp_path):
+    """What was changed in a folder is so in the file that is made of it; the file's other metadata comes along."""
+    convert(single, tmp_path / "folder")
+    schedule, vae = tmp_path / "folder/scheduler/scheduler_config.json", tmp_path / "folder/vae/config.json"
+    schedule.write_text(json.dumps(json.loads(schedule.read_text()) | {"prediction_type": "v_prediction"}))
+    vae.write_text(json.dumps(json.loads(vae.read_text()) | {"scaling_factor": 0.5}))
+    back = convert(tmp_path / "folder", tmp_path / "back.safetensors")
+    sd = StableDiffusion.load(back)
+    assert sd.config.scheduler["prediction_type"] == "v_prediction" and sd.vae.scaling_factor == 0.5
+    assert contents(back)[1]["author"] == "somebody"
+
+
+@pytest.fixture(scope="module")
+def community(model, tmp_path_factory):
+    """A file as strangers write them: no settings in it, and none that its shapes do not tell."""
+    path = tmp_path_factory.mktemp("community") / "model.safetensors"
+    tensors = compvis_tensors(model, path.parent)
+    table = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
+    tensors[table] = torch.randn(49408, 64)
+    save_file(tensors | BESIDE | {"v_pred": torch.zeros(1)}, path, {"author": "somebody"})
+    return path
+
+
+def test_settings_are_added_where_the_shapes_do_not_tell_them(community, tmp_path):
+    """There and back, a stranger's file is what it was; with another schedule it says so."""
+    convert(community, tmp_path / "folder")
+    assert same(community, convert(tmp_path / "folder", tmp_path / "back.safetensors"))
+    schedule = tmp_path / "folder/scheduler/scheduler_config.json"
+    schedule.write_text(json.dumps(json.loads(schedule.read_text()) | {"beta_end": 0.02}))
+    back = convert(tmp_path / "folder", tmp_path / "other.safetensors")
+    assert StableDiffusion.load(back).config.scheduler["beta_end"] == 0.02
+
+
+def test_one_component_in_a_file_keeps_its_configuration(tmp_path):
+    """The embedded model's scaling factor and norm groups leave no trace in shapes."""
+    sd = StableDiffusion.load("emoji")
+    for component in ("vae", "unet", "text_encoder"):
+        for layout in ("diffusers", "compvis"):
+            path = convert("emoji", tmp_path / f"{component}-{layout}.safetensors", component=component, layout=layout)
+            found = open_alone(path, component)
+            assert found.config == getattr(sd.config, component)
+    assert StableDiffusion.load("emoji", vae=tmp_path / "vae-compvis.safetensors").vae.scaling_factor != 0.18215
+
+
+def test_the_averaged_weights_of_two_sets(tmp_path):
+    """To a file, and to a folder and back: the set that was not chosen would have the same names, and stays behind."""
+    write_zoo(tmp_path / "zoo")
+    source = tmp_path / "zoo" / "raw_and_ema.safetensors"
+    averaged = StableDiffusion.load(source, weights="ema").state()
+    convert(source, tmp_path / "ema.safetensors", weights="ema")
+    convert(source, tmp_path / "folder", weights="ema")
+    convert(tmp_path / "folder", tmp_path / "back.safetensors")
+    for path in ("ema.safetensors", "folder", "back.safetensors"):
+        assert all(torch.equal(t, averaged[name]) for name, t in StableDiffusion.load(tmp_path / path).state().items())
+    for name in ("fp8_scale_weight", "fp8_weight_scale"):
+        path = convert(tmp_path / "zoo" / f"{name}.safetensors", tmp_path / f"{name}.safetensors")
+        assert not any("scale" in warning for warning in inspect(path).warnings)
+        assert not any("scale" in name for name in contents(path)[0])
+
+
+def test_compvis_is_one_file(tmp_path):
+    with pytest.raises(ValueError, match="the compvis layout is one file"):
+        convert("emoji", tmp_path / "folder", layout="compvis")
+
+
+def test_a_shard_index_is_a_source(single, tmp_path):
+    convert(single, tmp_path / "folder", shard_size=500_000)
+    index = tmp_path / "folder/unet/diffusion_pytorch_model.safetensors.index.json"
+    convert(index, tmp_path / "unet.safetensors", component="unet", layout="diffusers")
+    assert contents(tmp_path / "unet.safetensors")[0].keys() == {
+        name for path in (tmp_path / "folder/unet").glob("*.safetensors") for name in contents(path)[0]
+    }
+
+
+def test_notes_are_shown(tmp_path):
+    write_zoo(tmp_path / "zoo")
+    arguments = [str(tmp_path / "zoo" / "raw_and_ema.safetensors"), str(tmp_path / "x.safetensors"), "-q"]
+    result = CliRunner().invoke(convert_command, arguments, catch_exceptions=False)
+    assert "warning: " in result.stderr and "the raw ones are used" in result.stderr

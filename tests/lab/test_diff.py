@@ -93,11 +93,29 @@ def test_another_shape(tensors, a, tmp_path):
     assert difference.misshapen == ["unet.conv_in.weight"] and not difference.same
 
 
-def test_nan_is_a_change(tensors, a, tmp_path):
+def test_nan_is_a_change_and_equals_itself(tensors, a, tmp_path):
+    """Bit for bit; and what is not finite is null in JSON, which knows no infinity."""
     name = UNET + "out.2.bias"
-    broken = tensors | {name: torch.full_like(tensors[name], math.nan)}
-    b = write(broken, tmp_path / "b.safetensors")
-    assert compare(b, b).components["unet"].changed == 1 and compare(a, b).components["unet"].changed == 1
+    b = write(tensors | {name: torch.full_like(tensors[name], math.nan)}, tmp_path / "b.safetensors")
+    assert compare(b, b).same and compare(b, b).movers == []
+    difference = compare(a, b)
+    assert difference.components["unet"].changed == 1
+    assert json.loads(json.dumps(difference.as_dict(), allow_nan=False))["movers"][0]["relative"] is None
+
+
+def test_other_settings_are_no_same_model(tmp_path):
+    """The same weights, decoded at another scale, after another schedule."""
+    for name, changes in (("a", {}), ("b", {"scaling_factor": 0.5})):
+        sd = tiny_model()
+        sd.vae.config = sd.vae.config.__class__(**{**vars(sd.vae.config), **changes})
+        sd.config = sd.config.__class__(**{**vars(sd.config), "vae": sd.vae.config})
+        sd.save(tmp_path / name)
+    schedule = tmp_path / "b/scheduler/scheduler_config.json"
+    schedule.write_text(json.dumps(json.loads(schedule.read_text()) | {"prediction_type": "v_prediction"}))
+    difference = compare(tmp_path / "a", tmp_path / "b")
+    assert difference.settings[0] == "VAE: scaling_factor is 0.18215 in A and 0.5 in B"
+    assert "only B says: prediction type: v_prediction" in difference.settings[1]
+    assert not difference.same and difference.verdicts == ["A and B have the same weights and other settings"]
 
 
 def test_nothing_in_common(a, tmp_path):

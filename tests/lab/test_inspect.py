@@ -190,7 +190,7 @@ def test_the_commands():
     run = CliRunner().invoke
     told = json.loads(run(inspect_command, ["emoji", "--json"], catch_exceptions=False).output)
     assert told["parts"]["vae"]["complete"] is True and told["problem"] is None
-    tree = run(inspect_command, ["emoji", "--tree", "2"], catch_exceptions=False).output
+    tree = run(inspect_command, ["--tree", "--depth", "2", "emoji"], catch_exceptions=False).output
     assert "  token_embedding " in tree and "256,000" in tree
     table = run(keys_command, ["--json"], catch_exceptions=False).output.splitlines()
     assert len(table) == 1130

@@ -139,6 +139,8 @@ def test_an_inpainting_model_learns_from_a_plain_one(models, tmp_path):
     name = "unet.conv_in.weight"
     assert torch.equal(mixed[name][:, :4], a[name][:, :4] + (b[name] - c[name]))
     assert torch.equal(mixed[name][:, 4:], a[name][:, 4:])
+    arc = state(merge(*paths, slerp=True))[name]
+    assert not torch.equal(arc[:, :4], a[name][:, :4]) and torch.equal(arc[:, 4:], a[name][:, 4:])
     with pytest.raises(CheckpointError, match=r"conv_in.weight.*give the inpainting model as A"):
         merge(models / "b", models / "inpainting.safetensors", tmp_path / "y")
 
@@ -162,6 +164,16 @@ def test_loras_are_baked_in(models, tmp_path):
     told = json.loads(metadata_of(target)["minisd.merge"])
     assert told["recipe"]["loras"][0] == {"name": "one.safetensors", "scale": 0.5}
     assert set(told["sources"]["loras"]) == {"one.safetensors", "other.safetensors"}
+
+
+def test_two_loras_of_one_name_are_both_in_the_recipe(models, tmp_path):
+    config = StableDiffusion.load(models / "a.safetensors").config
+    paths = [tmp_path / name / "x.safetensors" for name in ("one", "two")]
+    for seed, path in enumerate(paths):
+        path.parent.mkdir()
+        save_file(lora(config, "kohya", rank=1, seed=seed), path)
+    target = merge(models / "a.safetensors", None, tmp_path / "x.safetensors", loras=[(path, 1.0) for path in paths])
+    assert len(set(json.loads(metadata_of(target)["minisd.merge"])["sources"]["loras"].values())) == 2
 
 
 def test_what_is_no_weight_and_each_dtype_stays(models, tmp_path):
@@ -207,6 +219,10 @@ BAD = {
     "take": (["a.safetensors", "x", "--take", "vae"], "is not COMPONENT=PATH"),
     "no component": (["a.safetensors", "x", "--take", "head=b"], "must be one of unet, vae, text_encoder"),
     "absent": (["a.safetensors", "nothing.safetensors", "x"], "no such file"),
+    "taken twice": (["a.safetensors", "x", "--take", "vae=b", "--take", "vae=c.safetensors"], "is there twice"),
+    "onto itself": (["a.safetensors", "b", "b"], "would replace b, which is read"),
+    "a LoRA as A": (["lora.safetensors", "b", "x.safetensors"], "is a LoRA"),
+    "integers as B": (["a.safetensors", "integers.safetensors", "x"], "not floating point"),
     "no model": (["a.safetensors", "other.safetensors", "x"], "holds no part of Stable Diffusion"),
 }
 
@@ -216,6 +232,9 @@ def test_bad_requests_leave_nothing(models, tmp_path, monkeypatch, arguments, me
     for path in models.iterdir():
         (tmp_path / path.name).symlink_to(path)
     save_file({"x": torch.zeros(2)}, tmp_path / "other.safetensors")
+    save_file({"lora_unet_x.lora_down.weight": torch.zeros(2, 2)}, tmp_path / "lora.safetensors")
+    integers = {OUT_BIAS: torch.zeros(4, dtype=torch.int8)}
+    save_file(load_file(tmp_path / "b.safetensors") | integers, tmp_path / "integers.safetensors")
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.iterdir())
     result = subprocess.run([sys.executable, "-m", "minisd", "merge", *arguments], capture_output=True, text=True)

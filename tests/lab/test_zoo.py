@@ -56,6 +56,22 @@ def test_what_loads_is_the_same_model_in_every_dialect(zoo, first):
             assert not specimen.same or torch.equal(tensor, first[name]), (specimen.path, name)
 
 
+def test_diffusers_loads_the_folder(zoo):
+    """A folder in its layout is one for diffusers too: the same noise and the same ids."""
+    from diffusers import StableDiffusionPipeline
+
+    theirs = StableDiffusionPipeline.from_pretrained(zoo[0] / "diffusers")
+    ours = StableDiffusion.load(zoo[0] / "diffusers")
+    ids = theirs.tokenizer("a cat", padding="max_length", max_length=16, truncation=True, return_tensors="pt").input_ids
+    assert torch.equal(ours.tokenizer(["a cat"]), ids)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        context = ours.text_encoder(ids)
+        assert torch.equal(theirs.text_encoder(ids)[0], context)
+        assert torch.equal(theirs.unet(latents, 9, context).sample, ours.unet(latents, torch.tensor(9), context))
+        assert torch.equal(theirs.vae.decode(latents).sample, ours.vae.decode(latents))
+
+
 def test_what_is_sound_is_described_and_not_loaded(zoo):
     for specimen in of(zoo, "describes"):
         path = zoo[0] / specimen.path

@@ -120,6 +120,20 @@ def test_folder_round_trip(make, tmp_path):
     assert same(CLIPTokenizer.from_folder(tmp_path / "some" / "where"), make())
 
 
+@pytest.mark.parametrize("merges", ([], MERGES), ids=len)
+def test_transformers_reads_the_folder(merges, tmp_path):
+    """Without a single merge too: a tokenizer of bytes. An empty line in merges.txt would be an error there."""
+    from transformers import CLIPTokenizer as Theirs
+
+    ours = CLIPTokenizer(vocabulary_of(merges), merges, pad_token=END, context_length=16)
+    ours.save(tmp_path)
+    assert same(CLIPTokenizer.from_folder(tmp_path), ours)
+    theirs = Theirs.from_pretrained(tmp_path)
+    for text in ("a cat", "", "red car 2024!"):
+        ids = theirs(text, padding="max_length", max_length=16, truncation=True, return_tensors="pt").input_ids
+        assert torch.equal(ours(text), ids)
+
+
 @pytest.mark.parametrize("make", (CLIPTokenizer.clip, lambda: TOKENIZER, unusual))
 def test_json_round_trip(make):
     assert same(CLIPTokenizer.from_json(make().to_json()), make())

@@ -13,8 +13,8 @@ from torch import Tensor
 from minisd.lab.parity.promote import as_written
 
 BINS = 24  # of the histogram: equal, up to 1 unit in the last place, up to 2, 4, 8, ...
-WORST = 5  # elements that are listed
-HEAT = 24  # rows and columns of a heat map, at most
+WORST = 3  # elements that are listed
+HEAT = 12  # rows and columns of a heat map, at most
 
 
 @dataclass(frozen=True)

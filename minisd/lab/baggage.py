@@ -1,0 +1,96 @@
+"""What travels with a model from file to file: the tensors beside it, its metadata, settings that shapes cannot tell.
+
+A single file may hold schedule buffers, averages and counters beside the model; a folder has a file of its own for
+them, `leftovers.safetensors`, which only minisd reads. Settings are written into a single file's metadata where the
+file alone would be understood otherwise.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from minisd.checkpoint import configs
+from minisd.checkpoint.building import read_tokenizer
+from minisd.checkpoint.errors import CheckpointError
+from minisd.checkpoint.files import Files, open_files
+from minisd.checkpoint.header import TensorInfo
+from minisd.checkpoint.keymap import COMPVIS_PREFIX, model_keys
+from minisd.checkpoint.layouts import INFER, ignorable, namings
+from minisd.checkpoint.reading import Checkpoint, files_at, prediction_hints
+from minisd.checkpoint.writing import settings_as_metadata
+from minisd.config import SD15
+from minisd.lab.streaming import Entry
+
+LEFTOVERS = "leftovers.safetensors"
+SETTINGS = ("minisd.config", "minisd.tokenizer", "minisd.generation")  # what `sd.save` writes into the metadata
+
+
+def beside(checkpoint: Checkpoint) -> tuple[Files | None, dict[str, str]]:
+    """The tensors beside a model, and the metadata of its file.
+
+    Left behind are the set of UNet weights that was not chosen, if it bears the names that the chosen one gets, and the
+    settings of 8-bit weights whose scales were applied.
+    """
+    if checkpoint.path.is_dir():
+        path = checkpoint.path / LEFTOVERS
+        files = open_files([path], path) if path.is_file() else None
+        return files, dict(files.metadata) if files else {}
+    files = files_at(checkpoint.path)
+    parts = checkpoint.components.values()
+    gone = {name for part in parts for name in part.match.used}
+    keys = model_keys(checkpoint.config).items()
+    gone |= {COMPVIS_PREFIX[component] + key.compvis for component, rows in keys for key in rows}
+    if any(part.match.scales for part in parts):
+        gone |= {name for name in files.tensors if ignorable(name) == "8-bit settings"}
+    rest = {name: info for name, info in files.tensors.items() if name not in gone}
+    return Files(files.path, rest, files.location, files.metadata), dict(files.metadata)
+
+
+def with_settings(metadata: Mapping[str, str], checkpoint: Checkpoint, entries: Sequence[Entry]) -> dict[str, str]:
+    """A single file's metadata, with the model's settings as they are now; without any where the shapes tell them."""
+    fresh = settings_as_metadata(checkpoint.config, read_tokenizer(checkpoint, None), checkpoint.generation)
+    stored = {name: metadata[name] for name in SETTINGS if name in metadata}
+    if {name: as_json(text) for name, text in stored.items()} == {name: as_json(text) for name, text in fresh.items()}:
+        return dict(metadata)
+    if metadata and not stored and fresh.keys() == {"minisd.config"} and are_implied(checkpoint, entries):
+        return dict(metadata)
+    others = {name: text for name, text in metadata.items() if name not in SETTINGS}
+    return {"format": "pt"} | others | fresh
+
+
+def as_json(text: str) -> Any:
+    """The value, or the text where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def are_implied(checkpoint: Checkpoint, entries: Sequence[Entry]) -> bool:
+    """Would a reader of these tensors alone come to the same configuration and schedule?"""
+    schedule = dict(SD15.scheduler) | prediction_hints(beside_names(checkpoint))
+    return checkpoint.scheduler == schedule and all(
+        inferred(component, entries) == part.config for component, part in checkpoint.components.items()
+    )
+
+
+def beside_names(checkpoint: Checkpoint) -> set[str]:
+    files, _ = beside(checkpoint)
+    return set(files.tensors) if files else set()
+
+
+def inferred(component: str, entries: Sequence[Entry]) -> Any:
+    """The configuration that the tensors' shapes tell; None where they do not."""
+    tensors = {one.name: TensorInfo(one.dtype, one.shape, 0, 0) for one in entries}
+    naming = namings(component, tensors).get("raw")
+    try:
+        return INFER[component](tensors, naming) if naming else None
+    except CheckpointError:
+        return None
+
+
+def of_component(component: str, config: Any, entries: Sequence[Entry]) -> dict[str, str]:
+    """The metadata of a file of one component: its configuration, unless its shapes tell it."""
+    if inferred(component, entries) == config:
+        return {}
+    return {"format": "pt", "minisd.config": json.dumps({component: configs.WRITERS[component](config)})}
