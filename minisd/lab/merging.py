@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minisd.adapters.lora import Change, LoRA, open_lora
+from minisd.adapters.lora import Change, LoRA, baked_together, open_lora
 from minisd.checkpoint.errors import CheckpointError
 from minisd.checkpoint.files import Files
 from minisd.checkpoint.finding import Found, find
@@ -170,10 +170,9 @@ def changed(
     for key, entry in zip(keys, job.entries[component], strict=True):
         name = key.minisd
         rows: Rows | None = blend(key) if blend else None
-        for lora, scale in loras:
-            change = lora.changes.get((component, name))
-            if change is not None:
-                rows = partial(baked, rows or partial(widened, a, name), change, scale)
+        changes = [(lora.changes[component, name], scale) for lora, scale in loras if (component, name) in lora.changes]
+        if changes:
+            rows = partial(baked, rows or partial(widened, a, name), changes)
         yield entry if rows is None else computed(entry, rows, dtype or a.dtype(name))
 
 
@@ -253,9 +252,9 @@ def arc(a: Values, b: Values, name: str, share: float) -> tuple[float, float]:
     return math.sin((1 - share) * angle) / math.sin(angle), math.sin(share * angle) / math.sin(angle)
 
 
-def baked(rows: Rows, change: Change, scale: float) -> Iterator[tuple[slice, Tensor]]:
-    """A weight with a LoRA worked in, whole: none that a LoRA changes is larger than 120 MB."""
-    yield slice(None), change.baked(torch.cat([values for _, values in rows()]), scale)
+def baked(rows: Rows, changes: Sequence[tuple[Change, float]]) -> Iterator[tuple[slice, Tensor]]:
+    """A weight with LoRAs worked in, whole: none that a LoRA changes is larger than 120 MB."""
+    yield slice(None), baked_together(torch.cat([values for _, values in rows()]), changes)
 
 
 # ---- blocks ----------------------------------------------------------------------------------------------

@@ -294,7 +294,7 @@ def test_names_that_cannot_be_words(tmp_path, token, message):
 def test_files_whose_own_names_are_no_words(tmp_path):
     """token= is the way out."""
     for tensors, name in (({"a cat": torch.ones(WIDTH)}, "x"), ({"emb_params": torch.ones(WIDTH)}, "a cat")):
-        with pytest.raises(ValueError, match="token='a cat': .*in it; choose a name with token="):
+        with pytest.raises(ValueError, match=r"token='a cat': .*in it; choose a name with token="):
             load(tensors, tmp_path, name=name)
         assert load(tensors, tmp_path, name=name, token="<cat>")[1] == ["<cat>"]
 

@@ -427,7 +427,7 @@ def test_saved_equals_live_in_any_company(tmp_path, kinds):
     live = sd.unet(x, torch.tensor(10), context)
     saved = minisd.StableDiffusion.load(tmp_path / "saved").unet(x, torch.tensor(10), context)
     assert (live - plain).abs().max() > 0.01 * plain.abs().max()
-    assert (live - saved).abs().max() < 1e-5 * live.abs().max()
+    assert (live - saved).abs().max() < 1e-5 * live.abs().max()  # measured: at most 1.8e-6, rounding
 
 
 def test_plain_loras_are_baked_as_one_after_the_other(tmp_path):
@@ -551,7 +551,9 @@ def test_alphas_that_are_none(tmp_path, alpha, stabilised):
     for settings in ({"unet.lora_alpha": alpha}, {"unet.alpha_pattern": {"attn2.to_k": alpha}}):
         metadata = {"lora_adapter_metadata": json.dumps(settings | {"unet.use_rslora": stabilised})}
         path = write(tmp_path / "a.safetensors", MID_DOWN | MID_UP, metadata)
-        with pytest.raises(minisd.CheckpointError, match=f"^{path}: the alpha of middle.0.* is not a number, or beyond"):
+        with pytest.raises(
+            minisd.CheckpointError, match=f"^{path}: the alpha of middle.0.* is not a number, or beyond"
+        ):
             open_lora(path, tiny_model().config)
 
 

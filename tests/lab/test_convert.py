@@ -327,3 +327,11 @@ def test_notes_are_shown(tmp_path):
     arguments = [str(tmp_path / "zoo" / "raw_and_ema.safetensors"), str(tmp_path / "x.safetensors"), "-q"]
     result = CliRunner().invoke(convert_command, arguments, catch_exceptions=False)
     assert "warning: " in result.stderr and "the raw ones are used" in result.stderr
+
+
+@pytest.mark.parametrize("size", ("0", "-1", "much", "9" * 400 + "GB", "1TB"))
+def test_impossible_shard_sizes(single, tmp_path, size):
+    command = [sys.executable, "-m", "minisd", "convert", str(single), str(tmp_path / "x"), "--shard-size", size]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "") and result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1 and not (tmp_path / "x").exists()

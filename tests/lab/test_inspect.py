@@ -196,3 +196,11 @@ def test_the_commands():
     assert len(table) == 1130
     rows = run(keys_command, ["emoji", "--grep", "conv_out"], catch_exceptions=False).output.splitlines()
     assert len(rows) == 1 + 6 and rows[0].split()[0] == "minisd"
+
+
+def test_deep_with_numbers_that_torch_cannot_compute_with(tmp_path):
+    """4-bit floats beside a model are listed, not looked at."""
+    text = json.dumps({"x": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}).encode()
+    (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"\0\0")
+    findings = scan(inspect(tmp_path / "x.safetensors"))
+    assert findings.zero == [] and len(findings.sha256) == 1

@@ -204,7 +204,7 @@ def test_nested_tensors(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.save({"a": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])}, tmp_path / "x.ckpt")
-    with pytest.raises(CheckpointError, match="the tensor 'a' cannot be stored .*it is nested"):
+    with pytest.raises(CheckpointError, match=r"the tensor .a. cannot be stored .*it is nested"):
         unpickle(tmp_path / "x.ckpt", tmp_path / "out.safetensors")
 
 

@@ -536,7 +536,7 @@ def test_saving_replaces_models_and_nothing_else(model, tmp_path):
     assert equal(model, StableDiffusion.load(tmp_path / "model"))
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").write_text("precious")
-    with pytest.raises(FileExistsError, match="holds cat.png, which minisd did not write"):
+    with pytest.raises(FileExistsError, match=r"holds cat\.png, which minisd did not write"):
         model.save(tmp_path / "photos")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "photos"]
 
