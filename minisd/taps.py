@@ -92,9 +92,10 @@ class Point:
 class Taps:
     """A context in which taps are open. `taps.readings` in order, `taps[name]` those of one name, in any dialect.
 
-    `patterns`: what to read; `edit`: pattern -> function(tensor, reading) -> another tensor, put in its place; `keep`:
-    keep tensors (on their device); `stats`: compute mean, std, absmax; `listen`: called with each reading. Raises
-    ValueError for a pattern that no name answers to.
+    `patterns`: what to read; `edit`: pattern -> function(tensor, reading) -> another tensor of that shape, put in its
+    place (the function may write into the one it is given: that is a copy); `keep`: keep tensors (on their device);
+    `stats`: compute mean, std, absmax; `listen`: called with each reading. Raises ValueError for a pattern that no name
+    answers to, an edit of `x0`, an edit that returns something else, and if entered twice at once.
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class Taps:
     ) -> None:
         self.model, self.keep, self.stats, self.listen = model, keep, stats, listen
         self.points = points(model)
-        self.edits = [(self.find(pattern), function) for pattern, function in (edit or {}).items()]
+        self.edits = [(self.editable(pattern), function) for pattern, function in (edit or {}).items()]
         chosen = {point.name for pattern in patterns for point in self.find(pattern)}
         self.read = chosen or ({point.name for point in self.points} if not self.edits else set())
         self.readings: list[Reading] = []
@@ -116,6 +117,14 @@ class Taps:
         self.timestep: int | None = None
         self.halves = False
         self.stack = ExitStack()
+        self.session: object | None = None  # new each time that these taps are opened; None while they are closed
+
+    def editable(self, pattern: str) -> list[Point]:
+        """The points that answer to a pattern, if they may be edited. `x0` is seen only; "*" leaves it out."""
+        found = self.find(pattern)
+        if [point.name for point in found] == ["x0"]:
+            raise ValueError(f"edit {pattern!r}: x0 is shown only, nothing is computed from it; edit 'latents' instead")
+        return [point for point in found if point.name != "x0"]
 
     def find(self, pattern: str) -> list[Point]:
         """The points that answer to a pattern. Raises ValueError if there are none."""
@@ -134,8 +143,12 @@ class Taps:
     # ---- opening and closing
 
     def __enter__(self) -> "Taps":
+        if self.session is not None:
+            raise ValueError("these taps are open already: make others, with sd.taps(...), for a second `with`")
         edited = {point.name for points, _ in self.edits for point in points}
         with ExitStack() as stack:
+            self.session = object()
+            stack.callback(self.close)
             for point in self.points:
                 if point.name in self.read | edited and point.kind != "loop":
                     OPENERS[point.kind](self, point, stack)
@@ -148,6 +161,10 @@ class Taps:
     ) -> None:
         self.stack.close()
 
+    def close(self) -> None:
+        self.session = self.step = self.timestep = None
+        self.halves = False
+
     def follow_the_loop(self, stack: ExitStack) -> None:
         """Know which step it is, and read what is between the networks."""
         hook = self.model.unet.register_forward_pre_hook(self.note_timestep, with_kwargs=True)
@@ -155,7 +172,7 @@ class Taps:
         stack.callback(self.model.unet.register_forward_hook(self.guidance_pair).remove)
         for name, wrapper in (("predict_noise", self.guided), ("denoise", self.denoising)):
             if hasattr(self.model, name):
-                substitute(self.model, name, wrapper, stack)
+                stack.callback(wrap(self.model, name, wrapper))
 
     def note_timestep(self, _: nn.Module, args: Any, kwargs: Any) -> None:
         timesteps = args[1] if len(args) > 1 else kwargs.get("timesteps")
@@ -171,8 +188,12 @@ class Taps:
         return torch.cat(passed) if changed else None
 
     def guided(self, predict_noise: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        session = self.session
+
         @functools.wraps(predict_noise)
         def wrapper(x: Tensor, t: Tensor, context: Tensor, guidance_scale: float, *rest: Any, **more: Any) -> Tensor:
+            if self.session is not session:  # a loop that began inside goes on after the end
+                return predict_noise(x, t, context, guidance_scale, *rest, **more)
             self.halves = guidance_scale > 1
             try:
                 return self.passes(
@@ -184,18 +205,24 @@ class Taps:
         return wrapper
 
     def denoising(self, denoise: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+        """Each step of the loop, read and edited for as long as the taps are open: it may go on afterwards."""
+        session = self.session
+
         @functools.wraps(denoise)
         def wrapper(*args: Any, **settings: Any) -> Iterator[Any]:
             self.step = settings.get("start", 0)
             try:
                 for step in denoise(*args, **settings):
-                    self.step, self.timestep = step.index, step.timestep
-                    step.x0 = self.passes("x0", step.x0, False)
-                    step.latents = self.passes("latents", step.latents, False)
+                    if self.session is session:
+                        self.step, self.timestep = step.index, step.timestep
+                        step.x0 = self.passes("x0", step.x0, False)
+                        step.latents = self.passes("latents", step.latents, False)
                     yield step
-                    self.step = step.index + 1
+                    if self.session is session:
+                        self.step = step.index + 1
             finally:
-                self.step = self.timestep = None
+                if self.session is session:
+                    self.step = self.timestep = None
 
         return wrapper
 
@@ -206,7 +233,7 @@ class Taps:
         reading = self.reading(name, tensor, self.halves if halves is None else halves)
         for points, function in self.edits:
             if any(point.name == name for point in points):
-                tensor = function(tensor, reading)
+                tensor = answer(name, tensor, function(given := tensor.clone(), reading), given)
         if name in self.read:
             if self.stats:
                 statistics(reading, [tensor])
@@ -231,11 +258,49 @@ class Taps:
 HALVES = ("negative", "positive")
 
 
-def substitute(owner: Any, name: str, wrapper: Callable[[Any], Any], stack: ExitStack) -> None:
-    """Put a wrapper around an object's method, for as long as `stack` is open."""
-    before = vars(owner).get(name)
-    setattr(owner, name, wrapper(getattr(owner, name)))
-    stack.callback(lambda: setattr(owner, name, before) if before is not None else delattr(owner, name))
+def answer(name: str, tensor: Tensor, said: Any, given: Tensor) -> Tensor:
+    """What an edit made of `tensor`, of which it was `given` a copy. Raises ValueError for what will not do instead."""
+    if not isinstance(said, Tensor):
+        raise ValueError(f"the edit of {name} must return a tensor, not a {type(said).__name__}")
+    if said.shape != tensor.shape:
+        raise ValueError(
+            f"the edit of {name} must return a tensor of shape {tuple(tensor.shape)}, not {tuple(said.shape)}"
+        )
+    if said is given and torch.equal(said, tensor):
+        return tensor  # untouched: not a bit of what follows may change
+    return said.to(tensor)
+
+
+WRAPPED = "_wrapped_by_taps"
+
+
+def wrap(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> Callable[[], None]:
+    """Put a wrapper around an object's method; returns what takes it off again, in whichever order wrappers go.
+
+    The object's own list of wrappers says what is still on: the method is built anew from it each time.
+    """
+    lists = vars(owner).setdefault(WRAPPED, {})
+    if name not in lists:
+        lists[name] = (name in vars(owner), getattr(owner, name), [])
+    own, original, wrappers = lists[name]
+    wrappers.append(wrapper)
+
+    def build() -> None:
+        setattr(owner, name, functools.reduce(lambda method, around: around(method), wrappers, original))
+
+    def take_off() -> None:
+        wrappers.remove(wrapper)
+        build()
+        if wrappers:
+            return
+        if not own:
+            delattr(owner, name)
+        del lists[name]
+        if not lists:
+            delattr(owner, WRAPPED)
+
+    build()
+    return take_off
 
 
 def statistics(reading: Reading, parts: list[Tensor] | Iterator[Tensor]) -> None:

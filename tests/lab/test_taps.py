@@ -164,6 +164,79 @@ def test_edited_maps_take_the_kernels_place(sd):
         torch.testing.assert_close(latents(sd), plain)
 
 
+IN_PLACE = (CROSS, "unet.middle.0.attention.residual", "unet.up.0.resnet.residual", "unet.down.0.resnet")
+LOOP = ("unet.time_embedding.waves", "guidance.negative", "guidance.guided", "latents")
+
+
+@pytest.mark.parametrize("name", IN_PLACE + LOOP)
+def test_an_edit_may_write_into_what_it_is_given(sd, name):
+    """In place or out of place is the same, and neither writes into what somebody else holds."""
+    plain = latents(sd)
+    with sd.taps(edit={name: lambda tensor, at: tensor * 0.5}):
+        anew = latents(sd)
+    with sd.taps(edit={name: lambda tensor, at: tensor.mul_(0.5)}):
+        assert torch.equal(latents(sd), anew)
+    assert not torch.equal(anew, plain)
+
+
+@pytest.mark.parametrize(
+    ("edit", "cause"),
+    [
+        (lambda tensor, at: None, "must return a tensor, not a NoneType"),
+        (lambda tensor, at: tensor.numpy(), "must return a tensor, not a ndarray"),
+        (lambda tensor, at: tensor[..., :-1], r"must return a tensor of shape \(.*\), not \("),
+    ],
+)
+@pytest.mark.parametrize("name", (CROSS, "unet.up.0.resnet.residual", "unet.down.0.resnet", "guidance.guided"))
+def test_an_edit_that_returns_something_else(sd, name, edit, cause):
+    with pytest.raises(ValueError, match=f"the edit of {name} {cause}"), sd.taps(edit={name: edit}):
+        latents(sd)
+    assert hooks(sd) == 0
+
+
+def test_x0_cannot_be_edited(sd):
+    with pytest.raises(ValueError, match="x0 is shown only"):
+        sd.taps(edit={"x0": lambda tensor, at: tensor})
+
+
+def test_one_at_a_time(sd):
+    before = set(vars(sd))
+    with sd.taps("unet") as taps, pytest.raises(ValueError, match="open already"), taps:
+        pass
+    assert hooks(sd) == 0 and set(vars(sd)) == before
+    with taps:  # one after the other is well
+        latents(sd)
+    assert len(taps.readings) == SETTINGS["steps"]
+
+
+def test_two_that_are_left_in_another_order(sd):
+    before, plain = set(vars(sd)), latents(sd)
+    first, second = sd.taps("latents"), sd.taps(edit={"latents": lambda tensor, at: tensor * 0})
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not latents(sd).any() and first.readings == []
+    second.__exit__(None, None, None)
+    assert torch.equal(latents(sd), plain) and hooks(sd) == 0 and set(vars(sd)) == before
+
+
+def test_a_loop_that_goes_on_after_the_end(sd):
+    """What began inside is neither read nor edited outside."""
+    seen = []
+
+    def nothing(tensor, at):
+        seen.append(at.step)
+        return tensor
+
+    with sd.taps("latents", "guidance.guided", edit={"latents": nothing, "guidance.guided": nothing}) as taps:
+        loop = sd.denoise("a cat", seed=1, **SETTINGS)
+        next(loop)
+    next(loop)
+    with taps:  # opened again, they do not hear the old loop
+        assert len(list(loop)) == 1
+    assert (len(taps.readings), len(seen)) == (2, 2)
+
+
 @pytest.mark.parametrize(
     ("asked", "minisd"),
     [

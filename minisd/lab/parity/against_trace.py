@@ -1,13 +1,16 @@
 """A trace against a live model: every tensor of the trace is computed again, from the trace's own inputs.
 
 The live side is the truth: it is run in float64, and in its working precision, which gives the rounding error that is
-to be expected. A trace in float64 is judged by the rule. One in float32 is not: R64 says how many times the expected
-rounding a tensor is away, and where to look. In: a `TraceSide` and a `PipelineSide`. Out: a `Verdict`.
+to be expected. A tensor in float64 is judged by the rule. One in float32 is not: R64 says how many times the expected
+rounding it is away, and where to look; a trace that has such tensors can prove a difference, never sameness.
+
+In: a `TraceSide` and a `PipelineSide`. Out: a `Verdict`.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -33,7 +36,7 @@ Run = Callable[[], Any]
 
 
 def compare_with_trace(trace: TraceSide, live: PipelineSide, *, trace_is_a: bool = True) -> Verdict:
-    """Compare. Raises ValueError for a trace that has no tensor with a name of the format."""
+    """Compare. Raises ValueError for a trace without a known tensor, or with one that does not fit."""
     started = time.perf_counter()
     rungs = list(rungs_of(trace, live))
     pairs = [pair for stage in stages_in(trace) for pair in pairs_of(trace, live, stage)]
@@ -43,8 +46,12 @@ def compare_with_trace(trace: TraceSide, live: PipelineSide, *, trace_is_a: bool
     mark(pairs, rungs)
     a, b = (trace.name, live.name) if trace_is_a else (live.name, trace.name)
     verdict = conclude(a, b, rungs, pairs)
-    if not trace.has_float64 and not any(rung.status == DIFFERENT for rung in rungs):
-        doubt(verdict)
+    items: list[Rung | ModulePair] = [*rungs, *pairs]
+    narrow = [
+        item for item in items if item.relative64 is None and not (isinstance(item, Rung) and item.kind == "exact")
+    ]
+    if (narrow or not trace.has_float64) and not any(item.status == DIFFERENT for item in items):
+        doubt(verdict, items, "the trace has no float64" if not trace.has_float64 else partly(len(narrow), len(items)))
     verdict.not_compared = list(left_out(trace, pairs))
     verdict.notes.append(f"the reference is {live.name}, which was run on the trace's inputs")
     verdict.case, verdict.versions = trace.case.as_dict(), {**live.versions(), **trace.versions()}
@@ -52,24 +59,32 @@ def compare_with_trace(trace: TraceSide, live: PipelineSide, *, trace_is_a: bool
     return verdict
 
 
-def doubt(verdict: Verdict) -> None:
+def partly(narrow: int, all_of_them: int) -> str:
+    return f"{narrow:,} of the trace's {all_of_them:,} results {'is' if narrow == 1 else 'are'} not in float64"
+
+
+def doubt(verdict: Verdict, items: list[Rung | ModulePair], why: str) -> None:
     """Without float64: R64 only, which may say "look" and no more."""
-    items: list[Rung | ModulePair] = [*verdict.rungs, *verdict.pairs]
     found = [item for item in items if item.status == UNKNOWN]
-    worst = max((item.r64 for item in items if item.r64 is not None), default=0.0)
     verdict.word = UNKNOWN
-    why = "cannot tell: the trace has no float64"
     if found:
         culprits = [item for item in items if item.culprit] or found[:1]
-        first = culprits[0]
         verdict.culprits = [item.name for item in culprits]
-        verdict.cause = (
-            f"look at {verdict.culprits[0]}: {first.r64 or 0.0:.3g} times the rounding that is to be expected"
-        )
-        verdict.sentence = f"{why}; {verdict.cause}"
+        verdict.cause = f"look at {verdict.culprits[0]}: {how_far(culprits[0])}"
+        verdict.sentence = f"cannot tell: {why}; {verdict.cause}"
     else:
+        worst = max((item.r64 for item in items if item.r64 is not None), default=0.0)
         verdict.cause, verdict.culprits = "", []
-        verdict.sentence = f"{why}; nothing to look at: everything is within {worst:.1f} times the expected rounding"
+        verdict.sentence = (
+            f"cannot tell: {why}; nothing to look at: everything is within {worst:.1f} times the expected rounding"
+        )
+
+
+def how_far(item: Rung | ModulePair) -> str:
+    """How many times the expected rounding; where that is no number, what is wrong instead."""
+    if item.r64 is None or not math.isfinite(item.r64):
+        return item.note or "it is not finite"
+    return f"{item.r64:.3g} times the rounding that is to be expected"
 
 
 # ---- one tensor ------------------------------------------------------------------------------------------
@@ -106,12 +121,24 @@ def rung_of(name: str, kind: str, trace: TraceSide, tensor: str, live64: Tensor,
 # ---- the ladder ------------------------------------------------------------------------------------------
 
 
-def twice(live: PipelineSide, run: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Something of the live side in float64, and in its own precision."""
-    with torch.no_grad():
+@contextmanager
+def naming(trace: TraceSide, *names: str) -> Iterator[None]:
+    """What the live side cannot compute, a trace of this model would not hold: a ValueError that names the tensors."""
+    try:
+        yield
+    except (*FAILURES, ArithmeticError) as error:
+        have = trace.best()
+        told = ", ".join(f"{name} {tuple(have[name].shape)}" for name in names if name in have)
+        raise ValueError(f"{trace.name}: does not fit the model: {told} ({one_line(error)})") from None
+
+
+def twice(trace: TraceSide, live: PipelineSide, run: Callable[..., Tensor], *names: str) -> tuple[Tensor, Tensor]:
+    """Something of the live side on tensors of the trace, in float64 and in its own precision."""
+    inputs = [trace.best()[name] for name in names]
+    with torch.no_grad(), naming(trace, *names):
         with float64():
-            exactly = run(*widened(list(inputs)))
-        return exactly, run(*in_dtype(list(inputs), live.dtype))
+            exactly = run(*widened(inputs))
+        return exactly, run(*in_dtype(inputs, live.dtype))
 
 
 def rungs_of(trace: TraceSide, live: PipelineSide) -> Iterator[Rung]:
@@ -120,16 +147,28 @@ def rungs_of(trace: TraceSide, live: PipelineSide) -> Iterator[Rung]:
     if "tokens" in have:
         yield exact("tokens", have["tokens"].long(), live.tokens([*trace.case.prompts, *trace.case.negatives]).long())
     if {"tokens", "text/context"} <= have.keys():
-        yield rung_of(
-            "text embedding", "network", trace, "text/context", *twice(live, lambda: live.embed(have["tokens"].long()))
-        )
+        said = twice(trace, live, lambda ids: live.embed(ids.long()), "tokens")
+        yield rung_of("text embedding", "network", trace, "text/context", *said)
     yield from schedule_of(trace, live, have)
     for index in range(trace.case.steps):
         yield from step_of(trace, live, have, index)
     if {"decode/z", "decode/images"} <= have.keys():
-        yield rung_of("VAE decode", "network", trace, "decode/images", *twice(live, live.decode, have["decode/z"]))
+        said = twice(trace, live, live.decode, "decode/z")
+        yield rung_of("VAE decode", "network", trace, "decode/images", *said)
     if {"decode/images", "pixels"} <= have.keys():
-        yield exact("pixels", have["pixels"].int(), live.pixels(have["decode/images"].float()).int())
+        yield pixels_of(trace, live, have["pixels"].int())
+
+
+def pixels_of(trace: TraceSide, live: PipelineSide, given: Tensor) -> Rung:
+    """Bytes from the trace's own images. Where those are rounded, so may some bytes be, the other way."""
+    with naming(trace, "decode/images"):
+        right = live.pixels(trace.best()["decode/images"].float()).int()
+    rung = exact("pixels", given, right)
+    if rung.status == DIFFERENT and "decode/images" not in trace.wide and given.shape == right.shape:
+        apart = int((given - right).abs().max())
+        rung.status, rung.culprit = SAME if apart <= 1 else UNKNOWN, False
+        rung.note += f", by {apart} at most" + (": rounding of images that are not in float64" if apart <= 1 else "")
+    return rung
 
 
 def schedule_of(trace: TraceSide, live: PipelineSide, have: dict[str, Tensor]) -> Iterator[Rung]:
@@ -147,30 +186,31 @@ def step_of(trace: TraceSide, live: PipelineSide, have: dict[str, Tensor], index
     """The UNet, guidance and the scheduler's step, each on what the trace has."""
     here, title = f"step.{index}/", f"step {index}"
 
-    def given(*names: str) -> list[Tensor] | None:
-        found = [have[here + name] for name in names if here + name in have]
-        return found if len(found) == len(names) else None
+    def said(run: Callable[..., Tensor], *names: str) -> tuple[Tensor, Tensor]:
+        return twice(trace, live, run, *(here + name for name in names))
 
-    inputs = given("latents", "timestep", "context")
-    if inputs and given("noise"):
-        yield rung_of(f"UNet, {title}", "network", trace, f"{here}noise", *twice(live, live.predict, *inputs))
-    inputs = given("noise")
-    if inputs and given("guided") and trace.case.guidance > 1:
+    def given(*names: str) -> bool:
+        return all(here + name in have for name in names)
+
+    if given("latents", "timestep", "context", "noise"):
+        told = said(live.predict, "latents", "timestep", "context")
+        yield rung_of(f"UNet, {title}", "network", trace, f"{here}noise", *told)
+    if given("noise", "guided") and trace.case.guidance > 1:
 
         def guide(noise: Tensor) -> Tensor:
             negative, positive = noise.chunk(2)
             return negative + trace.case.guidance * (positive - negative)
 
-        yield rung_of(f"guidance, {title}", "glue", trace, f"{here}guided", *twice(live, guide, *inputs))
-    inputs = given("guided", "timestep", "sample")
-    if inputs and given("previous"):
+        yield rung_of(f"guidance, {title}", "glue", trace, f"{here}guided", *said(guide, "noise"))
+    if given("guided", "timestep", "sample", "previous"):
 
         def step(noise: Tensor, timestep: Tensor, sample: Tensor) -> Tensor:
             scheduler = live.scheduler()
             scheduler.set_timesteps(trace.case.steps)
             return scheduler.step(noise, timestep, sample)[0]
 
-        yield rung_of(f"latents, {title}", "glue", trace, f"{here}previous", *twice(live, step, *inputs))
+        told = said(step, "guided", "timestep", "sample")
+        yield rung_of(f"latents, {title}", "glue", trace, f"{here}previous", *told)
 
 
 # ---- modules ---------------------------------------------------------------------------------------------
@@ -200,11 +240,15 @@ def run_stage(trace: TraceSide, live: PipelineSide, stage: str) -> Run | None:
     )
     if any(name not in have for name in names):
         return None
-    inputs = [have[name] for name in names]
     run: Callable[..., Any] = {"text": live.embed, "decode": live.decode}.get(stage, live.predict)
-    return lambda: run(
-        *(widened(inputs) if torch.get_default_dtype() == torch.float64 else in_dtype(inputs, live.dtype))
-    )
+
+    def again() -> None:
+        inputs = [have[name] for name in names]
+        exactly = torch.get_default_dtype() == torch.float64
+        with naming(trace, *names):
+            run(*(widened(inputs) if exactly else in_dtype(inputs, live.dtype)))
+
+    return again
 
 
 def pairs_of(trace: TraceSide, live: PipelineSide, stage: str) -> Iterator[ModulePair]:
@@ -307,8 +351,13 @@ OUTPUT_ONLY = "checked in its stage: the trace has no inputs for it"
 
 
 def mark(pairs: list[ModulePair], rungs: list[Rung]) -> None:
-    """Culprits: modules that are off on their own inputs and have none inside that is; else the first that is off."""
-    off = [pair for pair in pairs if pair.status != SAME]
+    """Culprits: modules that are off on their own inputs and have none inside that is; else the first that is off.
+
+    Where something is different for certain, what is only worth a look is no culprit.
+    """
+    items: list[Rung | ModulePair] = [*rungs, *pairs]
+    proved = any(item.status == DIFFERENT for item in items)
+    off = [pair for pair in pairs if pair.status == DIFFERENT or (pair.status != SAME and not proved)]
     surely = [pair for pair in off if not pair.note.startswith(OUTPUT_ONLY)] or off[:1]
     for pair in surely:
         pair.culprit = not any(

@@ -121,9 +121,27 @@ def rounding_of(one: Tensor, other: Tensor) -> str:
     """The dtype that makes one weight the other by rounding, or ""."""
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for finer, coarser in ((one, other), (other, one)):
-            if finer.dtype != dtype and torch.equal(finer.to(dtype).double(), coarser.double()):
+            rounded = finer.to(dtype)
+            if (
+                finer.dtype != dtype
+                and torch.equal(rounded.double(), coarser.double())
+                and looks_rounded(finer, rounded)
+            ):
                 return str(dtype).removeprefix("torch.")
     return ""
+
+
+def looks_rounded(finer: Tensor, rounded: Tensor) -> bool:
+    """Is what rounding took away spread over all of its range, as it is for numbers that nobody rounded before?
+
+    A reference that was stored in half precision is the rounding of everything near it: one number moved a little, or
+    all of them stretched by 1.0001, would pass for it.
+    """
+    info = torch.finfo(rounded.dtype)
+    _, exponent = torch.frexp(rounded.float().abs().clamp(min=info.tiny))
+    share = (finer.double() - rounded.double()).abs() / (info.eps * torch.exp2((exponent - 1).double()))  # up to 1/2
+    moved = share[share > 0]
+    return moved.numel() > share.numel() / 2 and float(moved.max()) > (0.3 if moved.numel() > 64 else 0.0)
 
 
 # ---- dtypes ----------------------------------------------------------------------------------------------

@@ -30,13 +30,14 @@ from minisd.checkpoint.sources import sha256
 from minisd.checkpoint.textfiles import write_whole
 from minisd.lab.parity.cases import Case
 from minisd.lab.parity.opening import DTYPES
-from minisd.lab.parity.verdict import Verdict
+from minisd.lab.parity.verdict import EXIT_STATUS, Verdict
 
-LARGEST = 4_000_000_000  # bytes of one member, unpacked: SD 1.5's trace has less
+LARGEST = {".safetensors": 4_000_000_000, ".json": 20_000_000}  # bytes of a member, unpacked
+KINDS = ("minisd:", "diffusers:", "trace:")  # sides that a bundle may name: "python:" would run code
 
 
 # What reading a broken bundle ends with.
-BROKEN = (zipfile.BadZipFile, KeyError, TypeError, AttributeError, SafetensorError)
+BROKEN = (zipfile.BadZipFile, KeyError, TypeError, AttributeError, SafetensorError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,16 @@ class Bundle:
     weights: Mapping[str, Mapping[str, str]]  # side -> file -> sha256
 
 
+def check_sides(path: Path, sides: tuple[str | None, str | None]) -> None:
+    """Raise ValueError for sides that no bundle can hold."""
+    for side in sides:
+        if side is None or not side.startswith(KINDS):
+            raise ValueError(f"{path}: a bundle holds two sides of {', '.join(f'{kind}PATH' for kind in KINDS)}")
+
+
 def write(path: Path, verdict: Verdict, sides: tuple[str, str]) -> Path:
-    """Write a bundle, all or nothing. Raises ValueError for a name that is none."""
+    """Write a bundle, all or nothing. Raises ValueError for a name or sides that will not do."""
+    check_sides(path, sides)
     if path.suffix != ".zip" or not path.parent.is_dir():
         raise ValueError(f"{path}: must be a name that ends in .zip, in a folder that exists")
     case = Case.from_dict(verdict.case)
@@ -139,18 +148,24 @@ def opened(path: Path) -> Iterator[Bundle]:
 def read(path: Path, bundle: zipfile.ZipFile, folder: Path) -> Bundle:
     """All but the traces into memory, those into `folder`."""
     for member in bundle.infolist():
-        if member.file_size > LARGEST:
+        if member.file_size > LARGEST.get(Path(member.filename).suffix, 0):
             raise CheckpointError(f"{path}: {member.filename} claims {member.file_size:,} bytes")
     about = json.loads(bundle.read("bundle.json"))
     noise = load(bundle.read("inputs.safetensors"))["noise"]
     a, b = (str(side) for side in about["sides"])
+    for side in (a, b):
+        if not side.startswith(KINDS):
+            raise CheckpointError(f"{path}: names the side {side[:60]!r}, which is no file: compare it by name")
     for letter, side in (("a", a), ("b", b)):
         if is_trace(side):
             (folder / f"{letter}.safetensors").write_bytes(bundle.read(f"{letter}.safetensors"))
     a, b = (f"trace:{folder / letter}.safetensors" if is_trace(side) else side for letter, side in (("a", a), ("b", b)))
     case = Stored(**asdict(Case.from_dict(about["case"])), start=noise if noise.numel() else None)
     word = json.loads(bundle.read("verdict.json"))["word"]
-    return Bundle((a, b), case, str(word), about["weights"])
+    weights = {str(side): {**files} for side, files in about["weights"].items()}
+    if word not in EXIT_STATUS:
+        raise KeyError(word)
+    return Bundle((a, b), case, word, weights)
 
 
 def differences(bundle: Bundle) -> list[str]:

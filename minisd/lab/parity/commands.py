@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-SIDE = "minisd:PATH, diffusers:PATH, trace:FILE.safetensors or python:package.module:function"
+PLAIN = (click.ClickException, ValueError, OSError, MemoryError)  # what the command line says in one line
 
 
 def case_options(command: Any) -> Any:
@@ -93,11 +93,21 @@ def parity(
             raise ValueError(f"{path}: must be a name that ends in {ending}, in a folder that exists")
     if a is None and demo is None:
         raise ValueError("parity needs two sides to compare (see `minisd parity --help`), or --demo")
+    if save is not None:
+        from minisd.lab.parity import bundle
+
+        bundle.check_sides(Path(save), (None, None) if demo else (a, b))
     quiet = options.pop("quiet")
     case = case_of(options)
     evidence = looking(html)
-    verdict = judged(a, b, demo, case, evidence, progress(quiet))
-    done(quiet)
+    try:
+        verdict = judged(a, b, demo, case, evidence, progress(quiet))
+    except PLAIN:
+        raise
+    except Exception as error:  # exit status 1 is a verdict: a failure must not look like one
+        raise ValueError(f"the comparison broke off ({type(error).__name__}: {error})") from error
+    finally:
+        done(quiet)
     click.echo(json.dumps(verdict.as_dict()) if as_json else "\n".join(told(verdict, every)))
     for path in written(verdict, evidence, html, save, (a, b), demo):
         click.echo(path, err=as_json)
@@ -143,8 +153,6 @@ def written(verdict: Any, evidence: Any, html: str | None, save: str | None, sid
     if save is not None:
         from minisd.lab.parity import bundle
 
-        if demo is not None or None in sides:
-            raise ValueError(f"--save {save}: a planted bug has no files to save; give two sides")
         bundle.write(Path(save), verdict, sides)
         yield save
 

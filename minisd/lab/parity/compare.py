@@ -5,24 +5,24 @@ verdict = compare("diffusers:weights/emoji", "minisd:weights/emoji")
 
 import platform
 import time
-from collections.abc import Callable, Collection
+import warnings
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
 
 from minisd.checkpoint.keymap import COMPONENTS
 from minisd.lab.parity import ladder
 from minisd.lab.parity.cases import Case
 from minisd.lab.parity.ladder import Runs, Stage
 from minisd.lab.parity.modules import pair_of, working
-from minisd.lab.parity.pairing import Network, Twins, pair_networks, resolve
+from minisd.lab.parity.pairing import Network, pair_networks, resolve
 from minisd.lab.parity.promote import float64
-from minisd.lab.parity.shadow import Loan, Measure, Observer, Shadow, apart, one_line
+from minisd.lab.parity.shadow import Loan, Measure, Observer, Shadow, apart, copied, one_line
 from minisd.lab.parity.sides import PipelineSide
 from minisd.lab.parity.telling import conclude, count
-from minisd.lab.parity.verdict import DIFFERENT, ROUNDED, Attribute, Matrix, Rung, Verdict
+from minisd.lab.parity.verdict import DIFFERENT, Matrix, Rung, Verdict
 
 Progress = Callable[[str], None]
 
@@ -44,15 +44,9 @@ def compare_pipelines(
     progress("the loops")
     runs = ladder.run_loops(a, b, case)
     shadows = {component: shadow_of(a, b, component, observe) for component in a.networks if component in components}
-    rungs = []
-    for item in ladder.climb(a, b, case, runs):
-        if isinstance(item, Stage) and item.component not in shadows:
-            continue
-        if isinstance(item, Stage):
-            progress(item.rung)
-            rungs.append(network_rung(a, b, item, shadows[item.component]))
-        else:
-            rungs.append(item)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "invalid value encountered in cast", RuntimeWarning)  # NaN as pixels
+        rungs = list(climbed(a, b, case, runs, shadows, progress))
     if runs.trouble:
         alone = not any(rung.culprit for rung in rungs)
         rungs.append(Rung("B's loop", "glue", DIFFERENT, culprit=alone, note=runs.trouble))
@@ -76,6 +70,18 @@ def compare_pipelines(
     return verdict
 
 
+def climbed(
+    a: PipelineSide, b: PipelineSide, case: Case, runs: Runs, shadows: dict[str, Shadow], progress: Progress
+) -> Iterator[Rung]:
+    """Every rung, measured, but those of networks that have no shadow."""
+    for item in ladder.climb(a, b, case, runs):
+        if not isinstance(item, Stage):
+            yield item
+        elif item.component in shadows:
+            progress(item.rung)
+            yield network_rung(a, b, item, shadows[item.component])
+
+
 def compare_part(
     live: PipelineSide, part: Any, case: Case, *, observe: Observer | None = None, progress: Progress = lambda _: None
 ) -> Verdict:
@@ -93,7 +99,7 @@ def compare_part(
     for stage in ladder.stages(live, case, run):
         if stage.component == component:
             progress(stage.rung)
-            shadow.replay(stage.rung, partial(stage.run, live), lambda: None)
+            shadow.replay(stage.rung, partial(stage.run, guarded(live)), lambda: None)
     shadow.mark_culprits()
     if not any(pair.calls for pair in shadow.pairs.values()):
         notes = {pair.note for pair in shadow.pairs.values() if pair.note}
@@ -135,34 +141,36 @@ def shadow_of(a: PipelineSide, b: PipelineSide, component: str, observe: Observe
 def shadow_of_networks(one: Network, other: Network, observe: Observer | None) -> Shadow:
     twins = pair_networks(one, other)
     pairs = {twin.name: pair_of(twin) for twin in twins}
-    loan = [one for twin in twins for one in lent(twin, pairs[twin.name].attributes)]
-    return Shadow(twins, pairs, (working(one.root), working(other.root)), observe, loan=Loan(loan))
+    return Shadow(twins, pairs, (working(one.root), working(other.root)), observe, loan=Loan.between(twins, pairs))
 
 
-def lent(twin: Twins, found: list[Attribute]) -> list[tuple[torch.nn.Parameter, Tensor]]:
-    """The finer of two weights of which one is the other rounded, for the module that has the coarser."""
-    loans = []
-    for attribute in found:
-        if attribute.b.startswith(ROUNDED):
-            one, other = getattr(twin.a, attribute.what), getattr(twin.b, attribute.what)
-            coarse = attribute.b.removeprefix(ROUNDED)
-            b_is_coarse = torch.equal(one.data.to(getattr(torch, coarse)).double(), other.data.double())
-            finer, poorer = (one, other) if b_is_coarse else (other, one)
-            loans.append((poorer, finer.data.reshape(poorer.shape)))
-    return loans
+def guarded(side: PipelineSide) -> PipelineSide:
+    """A side that is given copies: what it writes into its inputs must not reach the other side."""
+    return cast(PipelineSide, Guarded(side))
+
+
+class Guarded:
+    """What `guarded` returns: every method of the side, called with copies."""
+
+    def __init__(self, side: PipelineSide) -> None:
+        self.side = side
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.side, name)
+        return (lambda *args, **kwargs: value(*copied(args), **copied(kwargs))) if callable(value) else value
 
 
 def network_rung(a: PipelineSide, b: PipelineSide, stage: Stage, shadow: Shadow) -> Rung:
     """Replay a stage; what the component as a whole says is the rung."""
     rung = Rung(stage.rung, "network")
-    said_a, said_b = shadow.replay(stage.rung, lambda: stage.run(a), lambda: stage.run(b))
+    said_a, said_b = shadow.replay(stage.rung, partial(stage.run, guarded(a)), partial(stage.run, guarded(b)))
     if isinstance(said_b, Exception):
         rung.status, rung.relative64, rung.note = DIFFERENT, float("inf"), f"B fails: {one_line(said_b)}"
         return rung
     found = [apart(said_a[name], said_b[name]) for name in said_a]
     worst: Measure = max(found, key=lambda one: one.relative64 / one.limit)
     rung.relative64, rung.limit, rung.absmax = worst.relative64, worst.limit, worst.absmax
-    rung.status = DIFFERENT if worst.deviates else rung.status
+    rung.status = shadow.status_of(stage.rung, worst)
     for name in (stage.component, *WHOLES):
         whole = shadow.cells.get((stage.rung, name))
         if whole is not None:

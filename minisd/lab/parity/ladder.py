@@ -45,11 +45,11 @@ def run_loops(a: PipelineSide, b: PipelineSide, case: Case) -> Runs:
     latents = case.latents(a.config.vae.latent_channels, a.factor)
     with float64():
         a64 = a.trajectory(case, latents.double())
-    runs = Runs(a64, a.trajectory(case, latents.to(a.dtype)), None, None)
+    runs = Runs(a64, a.trajectory(case, latents.to(a.dtype, copy=True)), None, None)
     try:
         with float64():
             runs.glue = b.trajectory(case, latents.double(), playback=a64)
-        runs.b = b.trajectory(case, latents.to(b.dtype))
+        runs.b = b.trajectory(case, latents.to(b.dtype, copy=True))
     except FAILURES as error:
         runs.trouble = f"B's loop fails: {one_line(error)}"
     return runs

@@ -16,9 +16,9 @@ from torch import nn
 from minisd.lab.parity import attributes
 from minisd.lab.parity.pairing import LISTS, Twins, nearest
 from minisd.lab.parity.promote import widened
-from minisd.lab.parity.shadow import Observer, Shadow, apart, first_tensor, in_dtype, one_line
+from minisd.lab.parity.shadow import Loan, Observer, Shadow, copied, first_tensor, in_dtype, one_line
 from minisd.lab.parity.telling import conclude
-from minisd.lab.parity.verdict import DIFFERENT, ModulePair, Rung, Verdict
+from minisd.lab.parity.verdict import DIFFERENT, UNKNOWN, ModulePair, Rung, Verdict
 from minisd.module_names import source_of
 
 
@@ -52,7 +52,9 @@ def compare_modules(
     started = time.perf_counter()
     one, other = (thing if isinstance(thing, nn.Module) else Function(thing) for thing in (a, b))
     twins = twins_of(one, other, names)
-    shadow = Shadow(twins, {twin.name: pair_of(twin) for twin in twins}, (working(one), working(other)), observe)
+    pairs = {twin.name: pair_of(twin) for twin in twins}
+    dtypes = working(one), working(other)
+    shadow = Shadow(twins, pairs, dtypes, observe, exact=True, loan=Loan.between(twins, pairs))
     rungs = [call(shadow, one, other, index, tuple(arguments)) for index, arguments in enumerate(inputs)]
     runs = [partial(module, *in_dtype(inputs[0], working(module))) for module in (one, other)]
     shadow.add_dtypes((one, other), (runs[0], runs[1]))
@@ -105,12 +107,16 @@ def call(shadow: Shadow, a: nn.Module, b: nn.Module, index: int, arguments: tupl
     """One call: a rung of its own."""
     rung = Rung(f"call {index}", "network")
     wide = widened(arguments)
-    said_a, said_b = shadow.replay(rung.name, lambda: a(*wide), lambda: b(*wide))
+    said_a, said_b = shadow.replay(rung.name, lambda: a(*copied(wide)), lambda: b(*copied(wide)))
     if isinstance(said_b, Exception):
         rung.status, rung.relative64, rung.note = DIFFERENT, float("inf"), f"B fails: {one_line(said_b)}"
         return rung
-    found = shadow.cells.get((rung.name, "(whole)")) or apart(first_tensor(said_a), first_tensor(said_b))
+    found = shadow.cells.get((rung.name, "(whole)"))
+    if found is None:
+        first_tensor(said_a)
+        rung.status, rung.note = UNKNOWN, shadow.pairs["(whole)"].note
+        return rung
     rung.relative64, rung.limit, rung.absmax = found.relative64, found.limit, found.absmax
     rung.floor, rung.error, rung.r64 = found.floor, found.error, found.r64
-    rung.status = DIFFERENT if found.deviates else rung.status
+    rung.status = shadow.status_of(rung.name, found)
     return rung

@@ -12,7 +12,8 @@ import inspect
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +25,7 @@ from minisd.lab.parity.cases import Case
 from minisd.lab.parity.compare import Progress, compare_part, compare_pipelines
 from minisd.lab.parity.memory import check_memory
 from minisd.lab.parity.promote import float64
-from minisd.lab.parity.shadow import FAILURES, Observer, one_line
+from minisd.lab.parity.shadow import Observer, one_line
 from minisd.lab.parity.sides import PipelineSide, Side, diffusers_side, minisd_side
 from minisd.lab.parity.traces import TraceSide, inputs_of, narrowed, read
 from minisd.lab.parity.verdict import Verdict
@@ -71,16 +72,30 @@ def python_side(place: str, name: str) -> Side:
         raise ValueError(f"{name}: must be python:package.module:function")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m` does
-    try:
+    with foreign(f"{name}: cannot be imported"):
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{name}: cannot be imported ({error})") from None
     if isinstance(function, nn.Module):
         return part(name, function)
     if not callable(function):
         raise ValueError(f"{name}: is a {type(function).__name__}, not a function")
     needed = [p for p in inspect.signature(function).parameters.values() if p.default is p.empty]
-    return FunctionSide(name, function) if needed else part(name, function())
+    if needed:
+        return FunctionSide(name, function)
+    with foreign(f"{name}: fails"):
+        made = function()
+    return part(name, made)
+
+
+@contextmanager
+def foreign(failing: str) -> Iterator[None]:
+    """Around code of somebody else's: whatever ends it is a ValueError, and what it prints is no part of the result."""
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    except SystemExit as error:
+        raise ValueError(f"{failing} (it calls sys.exit({error.code!r}))") from None
+    except Exception as error:
+        raise ValueError(f"{failing} ({type(error).__name__}: {one_line(error)})") from None
 
 
 def part(name: str, made: Any) -> PartSide:
@@ -130,7 +145,11 @@ def dispatch(one: Side, other: Side, case: Any, observe: Observer | None, progre
     if isinstance(guest, FunctionSide):
         return compare_with_trace(called(guest, live, case_for(live, case)), live, trace_is_a=guest is one)
     assert isinstance(guest, PartSide)
-    return compare_part(live, guest, case_for(live, case), observe=observe, progress=progress)
+    with redirect_stdout(sys.stderr):
+        try:
+            return compare_part(live, guest, case_for(live, case), observe=observe, progress=progress)
+        except (SystemExit, ArithmeticError, OSError) as error:  # others it counts as findings
+            raise ValueError(f"{guest.name}: ends with {type(error).__name__} ({one_line(error)})") from None
 
 
 def case_for(side: PipelineSide, case: Case | Mapping[str, Any] | None) -> Case:
@@ -144,18 +163,26 @@ def called(side: FunctionSide, live: PipelineSide, case: Case) -> TraceSide:
     """What a function says, in the live side's precision and in float64, as a trace. Raises ValueError if it fails."""
     inputs = inputs_of(live, case)
     working = narrowed(inputs, live.dtype)
-    try:
-        told = dict(side.function(working))
+    with foreign(f"{side.name}: fails; it was given {', '.join(sorted(inputs)[:5])} ..."):
+        told = side.function(working)
         with float64():
-            exactly = dict(side.function(inputs))
-    except FAILURES as error:
-        raise ValueError(
-            f"{side.name}: fails ({one_line(error)}); it was given {', '.join(sorted(inputs)[:5])} ..."
-        ) from None
+            exactly = side.function(inputs)
+    check_answer(side, told)
+    check_answer(side, exactly)
     if not any(is_result(name) for name in told):
         raise ValueError(f"{side.name}: none of the names it returns ({', '.join(sorted(told)[:4])}) is one of a trace")
     wide = {name: tensor for name, tensor in exactly.items() if tensor.dtype == torch.float64}
     return TraceSide(side.name, case, {**working, **told}, {**inputs, **wide} if wide else {})
+
+
+def check_answer(side: FunctionSide, told: Any) -> None:
+    """Raise ValueError for anything but tensors by name."""
+    must = "must be a dict from names, as in a trace, to torch tensors"
+    if not isinstance(told, Mapping):
+        raise ValueError(f"{side.name}: returns a {type(told).__name__}; {must}")
+    for name, value in told.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise ValueError(f"{side.name}: returns a {type(value).__name__} as {name!r}; {must}")
 
 
 SHAPES = {

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from minisd.lab.parity.evidence import Evidence, Sight
-from minisd.lab.parity.verdict import DIFFERENT, PRECISION, SAME, ModulePair, Verdict
+from minisd.lab.parity.verdict import DIFFERENT, PRECISION, SAME, UNKNOWN, ModulePair, Rung, Verdict
 from minisd.pipeline import to_pictures
 
 LOWEST, HIGHEST = -17, 3  # powers of ten on the error chart
@@ -29,11 +29,12 @@ def report(verdict: Verdict, evidence: Evidence) -> str:
     """The whole page."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.undefined = jinja2.StrictUndefined
-    environment.filters |= {"number": number, "slug": slug, "tone": tone}
+    environment.filters |= {"number": number, "slug": slug, "word": word, "shade": shade}
     source = resources.files("minisd.lab.parity").joinpath("report.html").read_text(encoding="utf-8")
     page = environment.from_string(source).render(
         verdict=verdict,
         tone=tone(verdict.word),
+        narrow=any(is_narrow(rung) for rung in verdict.rungs),
         growth=growth(verdict),
         pairs=[page_of(pair, evidence.sights.get(pair.name)) for pair in verdict.pairs],
         matrix=matrix(verdict),
@@ -45,6 +46,24 @@ def report(verdict: Verdict, evidence: Evidence) -> str:
 def tone(status: str) -> str:
     """A status as the name of a colour in the page's style."""
     return {SAME: "same", PRECISION: "precision", DIFFERENT: "different"}.get(status, "unknown")
+
+
+def is_narrow(item: Rung | ModulePair) -> bool:
+    """Whether only R64 was measured: without float64 nothing can be proved the same."""
+    return item.relative64 is None and item.r64 is not None
+
+
+def word(item: Rung | ModulePair) -> str:
+    """What was found of a rung, or of a pair."""
+    if item.status == UNKNOWN:
+        return "look"
+    return "within rounding" if item.status == SAME and is_narrow(item) else item.status
+
+
+def shade(item: Rung | ModulePair) -> str:
+    """`tone` for one finding: neither green nor red where only R64 was measured."""
+    found = word(item)
+    return {"look": "look", "within rounding": "unknown"}.get(found) or tone(item.status)
 
 
 def number(value: float | None) -> str:
@@ -69,7 +88,7 @@ def page_of(pair: ModulePair, sight: Sight | None) -> dict[str, Any]:
     return {
         "pair": pair,
         "depth": pair.name.count("."),
-        "tone": "culprit" if pair.culprit else tone(pair.status),
+        "tone": "culprit" if pair.culprit else shade(pair),
         "heat": heat_colour(pair.r64),
         "sight": sight,
         "bars": bars(sight.histogram) if sight and sight.histogram else None,

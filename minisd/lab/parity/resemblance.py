@@ -13,6 +13,7 @@ def describe(right: Tensor, wrong: Tensor) -> str:
     """The simplest description that fits."""
     if right.shape != wrong.shape:
         return f"its shape is {tuple(wrong.shape)} instead of {tuple(right.shape)}"
+    right, wrong = right.double(), wrong.double()
     bad = int((~wrong.isfinite() & right.isfinite()).sum())
     if bad:
         return f"{bad:,} of its {wrong.numel():,} numbers are not finite"

@@ -11,12 +11,22 @@ def conclude(a: str, b: str, rungs: list[Rung], pairs: list[ModulePair]) -> Verd
     culprits = [pair.name for pair in pairs if pair.culprit] + [rung.name for rung in rungs if rung.culprit]
     if culprits:
         return different(a, b, rungs, pairs, culprits)
+    if any(pair.status == UNKNOWN for pair in pairs):
+        return cannot_tell(a, b, rungs, pairs)
     other = [pair for pair in pairs if is_other_precision(pair)]
     if other or any(rung.status == PRECISION for rung in rungs):
         return precision(a, b, rungs, pairs, other)
     if not any(pair.calls for pair in pairs) and not any(rung.relative64 is not None for rung in rungs):
         return Verdict(UNKNOWN, "cannot tell: nothing was compared in float64", a, b, rungs=rungs, pairs=pairs)
     return Verdict(SAME, f"A and B are the same function: {margins(rungs, pairs)}", a, b, rungs=rungs, pairs=pairs)
+
+
+def cannot_tell(a: str, b: str, rungs: list[Rung], pairs: list[ModulePair]) -> Verdict:
+    """A is no reference: the innermost place that shows it."""
+    unclear = [pair for pair in pairs if pair.status == UNKNOWN]
+    around = {pair.parent for pair in unclear}
+    first = next(pair for pair in unclear if pair.name not in around)
+    return Verdict(UNKNOWN, f"cannot tell: {first.note}", a, b, cause=first.note, rungs=rungs, pairs=pairs)
 
 
 def margins(rungs: list[Rung], pairs: list[ModulePair]) -> str:
@@ -31,7 +41,8 @@ def margins(rungs: list[Rung], pairs: list[ModulePair]) -> str:
 
 
 def is_other_precision(pair: ModulePair) -> bool:
-    return any(one.what == "computes in" or one.b.startswith(ROUNDED) for one in pair.attributes)
+    rounded = any(one.what == "computes in" or one.b.startswith(ROUNDED) for one in pair.attributes)
+    return rounded or pair.status == PRECISION
 
 
 def precision(a: str, b: str, rungs: list[Rung], pairs: list[ModulePair], other: list[ModulePair]) -> Verdict:
@@ -52,7 +63,11 @@ def precision(a: str, b: str, rungs: list[Rung], pairs: list[ModulePair], other:
     elif not other:
         rung = next(rung for rung in rungs if rung.status == PRECISION)
         cause = f"{rung.name}: {rung.note}"
+    elif not any(one.b.startswith(ROUNDED) for pair in other for one in pair.attributes):
+        inner = next(pair for pair in reversed(other) if pair.note)
+        cause = f"{inner.name}: {inner.note}"
     else:
+        other = [pair for pair in other if any(one.b.startswith(ROUNDED) for one in pair.attributes)]
         kind = next(one.b for one in other[0].attributes if one.b.startswith(ROUNDED)).removeprefix(ROUNDED)
         many = count(len(other), "module")
         cause = f"the weights of {many}, first {other[0].name}, are rounded to {kind} on one side"
@@ -63,7 +78,9 @@ def precision(a: str, b: str, rungs: list[Rung], pairs: list[ModulePair], other:
 def different(a: str, b: str, rungs: list[Rung], pairs: list[ModulePair], culprits: list[str]) -> Verdict:
     """The first rung that shows it, and the culprits."""
     first = next((rung for rung in rungs if rung.status == DIFFERENT), None)
-    shown = f", first seen at {first.name!r}" if first else ", in what the case does not reach"
+    stage = next((pair.stage for pair in pairs if pair.culprit and pair.status == DIFFERENT and pair.stage), "")
+    seen = first.name if first else stage
+    shown = f", first seen at {seen!r}" if seen else ", in what the case does not reach"
     names = ", ".join(culprits[:4]) + (f" and {len(culprits) - 4} more" if len(culprits) > 4 else "")
     sentence = f"A and B are different functions{shown}; {count(len(culprits), 'culprit')}: {names}"
     return Verdict(DIFFERENT, sentence, a, b, cause(rungs, pairs), culprits=culprits, rungs=rungs, pairs=pairs)

@@ -23,10 +23,11 @@ steps, guidance, height, width, seed), and may hold "config", "versions" and "si
 
 Whatever a tensor is computed from should be in the file too: a result is checked on the trace's own inputs, so that an
 early mistake does not spoil what comes after it. A module with its inputs is checked alone; without, in its stage.
-Tensors in float64 allow a verdict, others an R64.
+Results in float64 allow a verdict, others an R64: sameness is told only of a trace whose results all are in float64.
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -171,12 +172,31 @@ def read(path: str | os.PathLike[str], name: str | None = None) -> TraceSide:
     if "case" not in metadata:
         raise CheckpointError(f'{target}: is no trace: its metadata has no "case" (see `minisd trace --help`)')
     about = {key: parsed(target, key, metadata[key]) for key in ("case", "versions", "config") if key in metadata}
+    for key in ("versions", "config"):
+        if not isinstance(about.get(key, {}), dict):
+            raise CheckpointError(f"{target}: its metadata holds a broken {key!r} (must be a JSON object)")
     try:
         case = Case.from_dict(about["case"])
+        check_types(about["case"])
     except ValueError as error:
         raise CheckpointError(f'{target}: its metadata holds a broken "case" ({error})') from None
     wide = {key: tensor for key, tensor in tensors.items() if tensor.dtype == torch.float64}
     return TraceSide(name or f"trace:{path}", case, tensors, wide, about)
+
+
+KINDS: dict[str, Any] = {"steps": int, "height": int, "width": int, "seed": int, "guidance": (int, float)}
+
+
+def check_types(values: Mapping[str, Any]) -> None:
+    """Raise ValueError for a case with "5" where 5 is meant, or a text where there must be several."""
+    for name in ("prompts", "negatives"):
+        texts = values.get(name, [])
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{name} must be a list of texts")
+    for name, kind in KINDS.items():
+        value = values.get(name, 1)
+        if not isinstance(value, kind) or isinstance(value, bool) or not math.isfinite(value):
+            raise ValueError(f"{name} is {value!r}, must be a {'whole ' if kind is int else ''}number")
 
 
 def parsed(path: Path, key: str, text: str) -> Any:

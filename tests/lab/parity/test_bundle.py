@@ -93,6 +93,45 @@ def test_what_is_no_bundle(tmp_path, members):
         pass
 
 
+def rewritten(path, name, change):
+    """The bundle with one of its JSON files changed."""
+    with zipfile.ZipFile(path) as old:
+        members = {member: old.read(member) for member in old.namelist()}
+    members[name] = change(json.loads(members[name]))
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+        for member, content in members.items():
+            new.writestr(member, content)
+    return path
+
+
+def test_nothing_in_a_bundle_is_executed(models, monkeypatch):
+    """A side that is code would run; the file beside the bundle is not even looked for."""
+    _, path = saved(models)
+    (models / "evil.py").write_text("raise SystemExit('executed')")
+    monkeypatch.chdir(models)
+    rewritten(path, "bundle.json", lambda about: json.dumps(about | {"sides": ["python:evil:go", about["sides"][1]]}))
+    with pytest.raises(CheckpointError, match="names the side 'python:evil:go'"), bundle.opened(path):
+        pass
+    with pytest.raises(ValueError, match="a bundle holds two sides"):
+        bundle.write(models / "x.zip", saved(models)[0], ("python:evil:go", "minisd:emoji"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    (
+        ("bundle.json", "[" * 100_000),
+        ("bundle.json", " " * 30_000_000),
+        ("verdict.json", '{"word": "\u001b[31mall is well"}'),
+        ("verdict.json", "[]"),
+    ),
+)
+def test_broken_members(models, name, content):
+    _, path = saved(models)
+    rewritten(path, name, lambda _: content)
+    with pytest.raises(CheckpointError, match=r"is no bundle|claims 30,000,000 bytes"), bundle.opened(path):
+        pass
+
+
 def test_bad_names(models):
     for arguments in (["nothing.zip"], [str(models / "case.zip"), "minisd:emoji"], ["--demo", "--save", "x.zip"]):
         saved(models)

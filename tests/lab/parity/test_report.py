@@ -10,7 +10,8 @@ from click.testing import CliRunner
 
 from minisd.lab.parity.commands import parity
 from minisd.lab.parity.evidence import BINS, Evidence, heat, histogram, ulp
-from minisd.lab.parity.report import heat_colour, number
+from minisd.lab.parity.report import heat_colour, number, report
+from minisd.lab.parity.verdict import SAME, UNKNOWN, ModulePair, Rung, Verdict
 
 CULPRIT = "unet.down.0.resnet.norm1"
 
@@ -86,6 +87,34 @@ def test_in_a_browser(page, chromium, scheme):
     assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert heard == []
     context.close()
+
+
+def test_all_columns_are_seen_in_a_narrow_window(page, chromium):
+    context = chromium.new_context(viewport={"width": 700, "height": 900}, offline=True)
+    tab = context.new_page()
+    tab.goto(page.as_uri())
+    fits = "[...document.querySelectorAll('.tree')].every(tree => tree.scrollWidth <= tree.clientWidth)"
+    assert tab.evaluate(fits)
+    tab.keyboard.press("c")
+    path = "/usr/lib/python3/site-packages/somebody/models/" + "a_long_folder_name/" * 6 + "file.py:123"
+    tab.evaluate("path => document.querySelectorAll('.page:target .twins td').forEach(td => td.append(path))", path)
+    assert tab.evaluate("(page => page.scrollWidth <= page.clientWidth)(document.querySelector('.page:target'))")
+    context.close()
+
+
+def test_without_float64_nothing_is_green():
+    """A trace in float32: what is within rounding is not proved, what is beyond is worth a look."""
+    rungs = [
+        Rung("tokens", "exact", SAME, absmax=0.0),
+        Rung("text embedding", "network", SAME, r64=1.2),
+        Rung("UNet, step 0", "network", UNKNOWN, r64=900.0),
+    ]
+    pairs = [ModulePair("unet.conv_in", "conv_in", "conv_in", "", status=UNKNOWN, r64=900.0, culprit=True)]
+    text = report(Verdict(UNKNOWN, "cannot tell: ...", "trace:a", "minisd:b", rungs=rungs, pairs=pairs), Evidence())
+    assert '<td class="same">same function<td' in text  # the tokens are equal
+    assert '<td class="unknown">within rounding<td' in text and '<td class="look">look<td' in text
+    assert text.count(">same function<") == 1 and "A's inputs, in float64" not in text
+    assert "Look here: it is off" in text and "The culprit" not in text
 
 
 def test_bad_names_are_refused_before_the_work():

@@ -165,7 +165,7 @@ def test_arguments_are_matched_by_shape():
     call = Call.of((time,), {"hidden": x, "mask": mask, "flag": True})
     args, kwargs = call.filled([x + 1, time + 1])
     assert torch.equal(args[0], time + 1) and torch.equal(kwargs["hidden"], x + 1)
-    assert kwargs["mask"] is mask and kwargs["flag"] is True
+    assert torch.equal(kwargs["mask"], mask) and kwargs["flag"] is True
     both = Call.of((x, x.clone()), {}).filled([x + 1, x + 2])[0]  # of one shape: in order
     assert torch.equal(both[0], x + 1) and torch.equal(both[1], x + 2)
     with pytest.raises(ValueError, match="A has none like it"):

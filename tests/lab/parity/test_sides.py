@@ -112,6 +112,69 @@ def test_what_a_trace_says_of_itself(sound, tmp_path):
     } <= tensors.keys()
 
 
+def changed(sound, tmp_path, change, *, exact=True) -> str:
+    """A trace with some tensors replaced."""
+    traced(sound, tmp_path / "t.safetensors", exact=exact)
+    tensors, about = with_metadata(tmp_path / "t.safetensors")
+    kept = {name: tensor.contiguous().clone() for name, tensor in {**tensors, **change(tensors)}.items()}
+    save_file(kept, tmp_path / "c.safetensors", metadata=about)
+    return f"trace:{tmp_path / 'c.safetensors'}"
+
+
+def test_one_tensor_in_float64_is_no_verdict(sound, model, tmp_path):
+    """NumPy's schedule is in float64, whatever the networks compute in."""
+    wide = load_file(traced(sound, tmp_path / "w.safetensors", exact=True).removeprefix("trace:"))["alphas_cumprod"]
+    verdict = compare(changed(sound, tmp_path, lambda _: {"alphas_cumprod": wide}, exact=False), model)
+    assert (verdict.word, verdict.exit_status, verdict.culprits) == (UNKNOWN, 2, [])
+    assert "not in float64; nothing to look at" in verdict.sentence
+    tensors, metadata = with_metadata(tmp_path / "c.safetensors")
+    ladder = {name: tensor for name, tensor in tensors.items() if "." not in name.partition("/")[2]}
+    ladder = {name: tensor for name, tensor in ladder.items() if name.partition("/")[2] not in ("unet", "vae")}
+    save_file({**ladder, "step.0/noise": -ladder["step.0/noise"]}, tmp_path / "n.safetensors", metadata=metadata)
+    verdict = compare(f"trace:{tmp_path / 'n.safetensors'}", model)
+    assert verdict.word == UNKNOWN and "look at UNet, step 0: " in verdict.sentence
+
+
+def test_a_difference_in_float64_is_one_beside_float32_too(sound, model, tmp_path):
+    def change(tensors):
+        return {"decode/images": tensors["decode/images"] * 1.01, "step.0/noise": -tensors["step.0/noise"].float()}
+
+    verdict = compare(changed(sound, tmp_path, change), model)
+    assert verdict.word == DIFFERENT and "VAE decode" in verdict.culprits and "UNet, step 0" not in verdict.culprits
+
+
+@pytest.mark.parametrize(("off", "status"), [(1, SAME), (2, UNKNOWN)])
+def test_pixels_of_a_trace_in_working_precision(sound, model, tmp_path, off, status):
+    """The same formula in another order rounds some bytes the other way: that is no accusation."""
+
+    def change(tensors):
+        pixels = tensors["pixels"].clone()
+        pixels[0, 0, 0, 0] += off if pixels[0, 0, 0, 0] < 100 else -off
+        return {"pixels": pixels}
+
+    verdict = compare(changed(sound, tmp_path, change, exact=False), model)
+    assert (verdict.word, verdict.rung("pixels").status) == (UNKNOWN, status)
+    assert ("look at pixels: 1 differ" in verdict.sentence) is (off == 2)
+    assert compare(changed(sound, tmp_path, change), model).culprits == ["pixels"]  # from images in float64
+
+
+MISFITS = {
+    "step.0/latents": lambda tensor: tensor[:, :3],
+    "step.0/timestep": lambda tensor: torch.tensor([1, 2, 3]),
+    "tokens": lambda tensor: tensor + 10**7,
+    "decode/z": lambda tensor: tensor[0, 0],
+    "decode/images": lambda tensor: tensor[0, 0],
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_a_tensor_that_does_not_fit_is_named(sound, model, tmp_path, name):
+    path = changed(sound, tmp_path, lambda tensors: {name: MISFITS[name](tensors[name])})
+    with pytest.raises(ValueError, match=f"does not fit the model: .*{name}") as caught:
+        compare(path, model)
+    assert "\n" not in str(caught.value)
+
+
 def broken_trace(tmp_path, metadata, tensors=None) -> str:
     save_file(tensors or {"a": torch.zeros(1)}, tmp_path / "b.safetensors", metadata=metadata)
     return f"trace:{tmp_path / 'b.safetensors'}"
@@ -125,6 +188,11 @@ def broken_trace(tmp_path, metadata, tensors=None) -> str:
         ({"case": "[]"}, 'broken "case"'),
         ({"case": '{"prompts": ["a"], "negatives": []}'}, "not as many"),
         ({"case": '{"steps": "x"}'}, 'broken "case"'),
+        ({"case": '{"guidance": "5"}'}, "guidance is '5', must be a number"),
+        ({"case": '{"guidance": NaN}'}, "guidance is nan"),
+        ({"case": '{"steps": 2.5}'}, "steps is 2.5, must be a whole number"),
+        ({"case": '{"prompts": "a", "negatives": "b"}'}, "prompts must be a list of texts"),
+        ({"case": "{}", "versions": "[1]"}, "broken 'versions'"),
     ],
 )
 def test_a_broken_trace(tmp_path, metadata, cause):
@@ -240,6 +308,45 @@ def test_bad_input(model, what):
     assert "\n" not in str(result.exception)
     with pytest.raises(type(result.exception), match=cause):
         raise result.exception
+
+
+STRANGERS = {
+    "exit": ("import sys; sys.exit(0)", r"cannot be imported \(it calls sys.exit\(0\)\)"),
+    "error": ("raise RuntimeError('import time')", "RuntimeError: import time"),
+    "syntax": ("def f(:", "SyntaxError"),
+    "factory_exits": ("import sys\ndef f(): sys.exit(0)", "calls sys.exit"),
+    "factory_fails": ("def f(): return 1 / 0", "ZeroDivisionError: division by zero"),
+    "function_exits": ("import sys\ndef f(given): sys.exit(0)", "calls sys.exit"),
+    "function_fails": ("def f(given): return 1 / 0", "ZeroDivisionError"),
+    "number": ("def f(given): return 42", "returns a int; must be a dict"),
+    "numpy": ("def f(given): return {'step.0/noise': given['noise'].numpy()}", "returns a ndarray as 'step.0/noise'"),
+    "forward_exits": (
+        "import sys\nfrom torch import nn\nclass M(nn.Module):\n    def forward(self, x, time=None): sys.exit(0)\n"
+        "def f(): return M(), {'': 'unet.down.0.resnet'}",
+        "ends with SystemExit",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", STRANGERS)
+def test_code_that_ends_itself_does_not_end_the_comparison(model, tmp_path, monkeypatch, what):
+    source, cause = STRANGERS[what]
+    (tmp_path / f"stranger_{what}.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    result = minisd("parity", model, f"python:stranger_{what}:f", *SMALL)
+    assert isinstance(result.exception, ValueError) and "\n" not in str(result.exception)
+    with pytest.raises(ValueError, match=cause):
+        raise result.exception
+
+
+def test_what_a_stranger_prints_is_not_in_the_json(model, tmp_path, monkeypatch):
+    source = "print('IMPORT')\ndef f(given):\n    print('CALL')\n    return {'step.0/guided': given['step.0/guided']}\n"
+    source += "from tests.lab.parity.others import resnet\ndef g():\n    print('FACTORY')\n    return resnet()\n"
+    (tmp_path / "stranger_prints.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    result = minisd("parity", model, "python:stranger_prints:g", *SMALL, "--json")
+    assert json.loads(result.stdout)["exit_status"] == result.return_value
+    assert "IMPORT" in result.stderr and "FACTORY" in result.stderr
 
 
 def test_too_little_memory_is_said_before_it_starts(model, monkeypatch):
