@@ -88,7 +88,6 @@ OPTIONS: dict[str, Any] = {
     "quiet": click.option("-q", "--quiet", is_flag=True, help="No progress bar."),
 }
 MODEL = ("model", "vae", "weights", "device", "dtype")
-SAYING = ("json", "quiet")
 PAINTING = tuple(OPTIONS)
 WALKING = tuple(name for name in OPTIONS if name not in ("seed", "scheduler", "eta", "images", "steps-dir"))
 OPTIONS |= {

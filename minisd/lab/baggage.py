@@ -6,7 +6,7 @@ file alone would be understood otherwise.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from minisd.checkpoint import configs
@@ -46,16 +46,21 @@ def beside(checkpoint: Checkpoint) -> tuple[Files | None, dict[str, str]]:
     return Files(files.path, rest, files.location, files.metadata), dict(files.metadata)
 
 
-def with_settings(metadata: Mapping[str, str], checkpoint: Checkpoint, entries: Sequence[Entry]) -> dict[str, str]:
-    """A single file's metadata, with the model's settings as they are now; without any where the shapes tell them."""
+def with_settings(
+    metadata: Mapping[str, str], checkpoint: Checkpoint, entries: Sequence[Entry], others: Collection[str]
+) -> dict[str, str]:
+    """A single file's metadata, with the model's settings as they are now; without any where the shapes tell them.
+
+    `entries`: the model's tensors in that file; `others`: the names of those beside it.
+    """
     fresh = settings_as_metadata(checkpoint.config, read_tokenizer(checkpoint, None), checkpoint.generation)
     stored = {name: metadata[name] for name in SETTINGS if name in metadata}
     if {name: as_json(text) for name, text in stored.items()} == {name: as_json(text) for name, text in fresh.items()}:
         return dict(metadata)
-    if metadata and not stored and fresh.keys() == {"minisd.config"} and are_implied(checkpoint, entries):
+    if metadata and not stored and fresh.keys() == {"minisd.config"} and are_implied(checkpoint, entries, others):
         return dict(metadata)
-    others = {name: text for name, text in metadata.items() if name not in SETTINGS}
-    return {"format": "pt"} | others | fresh
+    foreign = {name: text for name, text in metadata.items() if name not in SETTINGS}
+    return {"format": "pt"} | foreign | fresh
 
 
 def as_json(text: str) -> Any:
@@ -66,17 +71,12 @@ def as_json(text: str) -> Any:
         return text
 
 
-def are_implied(checkpoint: Checkpoint, entries: Sequence[Entry]) -> bool:
+def are_implied(checkpoint: Checkpoint, entries: Sequence[Entry], others: Collection[str]) -> bool:
     """Would a reader of these tensors alone come to the same configuration and schedule?"""
-    schedule = dict(SD15.scheduler) | prediction_hints(beside_names(checkpoint))
+    schedule = dict(SD15.scheduler) | prediction_hints(others)
     return checkpoint.scheduler == schedule and all(
         inferred(component, entries) == part.config for component, part in checkpoint.components.items()
     )
-
-
-def beside_names(checkpoint: Checkpoint) -> set[str]:
-    files, _ = beside(checkpoint)
-    return set(files.tensors) if files else set()
 
 
 def inferred(component: str, entries: Sequence[Entry]) -> Any:

@@ -142,7 +142,8 @@ def plan(
     beside, metadata = (None, {}) if lean else baggage.beside(checkpoint)
     leftovers = [copied(beside, name, name, info.shape) for name, info in beside.tensors.items()] if beside else []
     if layout == "compvis":
-        metadata = baggage.with_settings(metadata, checkpoint, [one for part in entries.values() for one in part])
+        weights_of_all = [one for part in entries.values() for one in part]
+        metadata = baggage.with_settings(metadata, checkpoint, weights_of_all, [one.name for one in leftovers])
     return Job(
         target=destination, layout=layout, checkpoint=checkpoint, entries=entries, leftovers=leftovers,
         metadata=metadata, shard_size=shard_size, components=checkpoint.components,

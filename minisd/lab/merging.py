@@ -12,7 +12,7 @@ in its metadata.
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -115,14 +115,9 @@ def prepare(
         component: list(changed(job, component, None if component in take else mixture, adapters, dtype))
         for component in job.entries
     }
-    used = {"A": [part.files for name, part in job.components.items() if name not in take]}
-    used |= {"B": [found.files for found in mixture.b.values()]} if mixture else {}
-    used |= {"C": [found.files for found in mixture.c.values()]} if mixture and mixture.c else {}
-    used |= {name: [job.components[name].files] for name in take}
     how = {"weight": weight, "blocks": blocks and list(blocks), "slerp": slerp} if mixture else {}
     recipe = {**how, "weights": weights, "loras": [{"name": Path(path).name, "scale": scale} for path, scale in loras]}
-    hashes = {letter: sums(paths_of(files)) for letter, files in used.items()}
-    hashes |= {"loras": sums([Path(os.path.expanduser(path)) for path, _ in loras])} if loras else {}
+    hashes = hashes_of(job, mixture, take, [path for path, _ in loras])
     leftovers = [one for one in job.leftovers if ignorable(one.name) in STILL_TRUE]
     told = {RECIPE: json.dumps({"recipe": recipe, "sources": hashes})}
     return replace(job, entries=entries, leftovers=leftovers, recipe=told)
@@ -291,6 +286,18 @@ def block_of(key: Key) -> tuple[int, int]:
 
 
 # ---- where it came from ----------------------------------------------------------------------------------
+
+
+def hashes_of(
+    job: Job, mixture: Mixture | None, take: Collection[str], loras: Sequence[Source]
+) -> dict[str, dict[str, str]]:
+    """Of everything that went into the merge the files' names and sums: "A", "B", "C", taken components, "loras"."""
+    used = {"A": [part.files for name, part in job.components.items() if name not in take]}
+    used |= {"B": [found.files for found in mixture.b.values()]} if mixture else {}
+    used |= {"C": [found.files for found in mixture.c.values()]} if mixture and mixture.c else {}
+    used |= {name: [job.components[name].files] for name in take}
+    hashes = {letter: sums(paths_of(files)) for letter, files in used.items()}
+    return hashes | ({"loras": sums([Path(os.path.expanduser(path)) for path in loras])} if loras else {})
 
 
 def paths_of(several: Iterable[Files]) -> list[Path]:
