@@ -26,7 +26,7 @@ from torch import Tensor
 from minisd.adapters.adaptable import Adaptable
 from minisd.checkpoint.building import build, read_tokenizer, usable_device
 from minisd.checkpoint.reading import open_checkpoint
-from minisd.checkpoint.writing import Model, save
+from minisd.checkpoint.save import Model, save
 from minisd.config import ModelConfig
 from minisd.noise import Generators, draw_noise
 from minisd.schedulers import DDIMScheduler, DDPMScheduler, Scheduler
@@ -37,7 +37,7 @@ from minisd.unet import UNet
 from minisd.vae import VAE
 
 if TYPE_CHECKING:
-    from minisd.taps import Taps
+    from minisd.lab.taps import Taps
 
 SCHEDULERS: dict[str, type[Scheduler]] = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}
 
@@ -255,11 +255,11 @@ class StableDiffusion(Adaptable):
         }
 
     def taps(self, *patterns: str, **settings: Any) -> "Taps":
-        """Read, or edit, anything inside while the model works: see `minisd/taps.py`.
+        """Read, or edit, anything inside while the model works: see `minisd/lab/taps.py`.
 
         `with sd.taps("unet.*.cross_attn.probabilities", keep=True) as taps: sd.text_to_image(...)`
         """
-        from minisd.taps import Taps
+        from minisd.lab.taps import Taps
 
         return Taps(self, *patterns, **settings)
 

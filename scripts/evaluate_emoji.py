@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 from train_vae import TEST, Paintings, pictures
 
-from minisd.checkpoint.sources import embedded_model
+from minisd.checkpoint.hub import embedded_model
 from minisd.pipeline import StableDiffusion
 from minisd.schedulers import DDPMScheduler
 from minisd.vae import VAE

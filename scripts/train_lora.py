@@ -25,7 +25,7 @@ from tqdm import tqdm
 from train_text_to_image import Denoiser, learn
 from training import learning_rate
 
-from minisd.adapters.paths import Beside, LowRank
+from minisd.adapters.factors import Beside, LowRank
 from minisd.adapters.targets import Target, targets
 from minisd.adapters.writing import write_lora
 from minisd.config import SD15

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from minisd.adapters.embeddings import Plain
     from minisd.adapters.lora import Loaded, LoRA
+    from minisd.adapters.textual_inversion import Plain
     from minisd.config import ModelConfig
     from minisd.text_encoder import TextEncoder
     from minisd.tokenizer import CLIPTokenizer
@@ -63,7 +63,7 @@ class Adaptable:
         what is no embedding or one for another model, ValueError for a word that the vocabulary has already or that no
         prompt can contain (an empty one, one with spaces).
         """
-        from minisd.adapters.embeddings import Plain, open_embedding
+        from minisd.adapters.textual_inversion import Plain, open_embedding
 
         found = open_embedding(path, token, self.config.text_encoder.width)
         for word in found.keys() & self.embeddings.keys():

@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from minisd.adapters import paths
+from minisd.adapters import factors as paths
 from minisd.adapters.targets import COMPONENTS, Target, table, targets
 from minisd.checkpoint.errors import CheckpointError
 from minisd.checkpoint.files import Files, open_files
-from minisd.checkpoint.layouts import same_but_for_ones, stranger
+from minisd.checkpoint.naming import same_but_for_ones, stranger
 from minisd.checkpoint.textfiles import read_json_object
 from minisd.checkpoint.values import DTYPES, read_tensor
 from minisd.config import ModelConfig

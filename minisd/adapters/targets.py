@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from minisd.checkpoint.keymap import KEYS, Key, Shape
-from minisd.checkpoint.layouts import TEXT_PREFIX
+from minisd.checkpoint.naming import TEXT_PREFIX
 from minisd.config import ModelConfig
 
 COMPONENTS = ("unet", "text_encoder")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from minisd.adapters.targets import Target, names
-from minisd.checkpoint.writing import into_place, write_tensors
+from minisd.checkpoint.save import into_place, write_tensors
 
 
 def write_lora(

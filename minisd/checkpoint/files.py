@@ -8,7 +8,7 @@ from pathlib import Path
 
 from minisd.checkpoint.errors import CheckpointError
 from minisd.checkpoint.header import WAY_OUT, TensorInfo, read_header
-from minisd.checkpoint.sources import STEMS, index_name, single_name, variant_of
+from minisd.checkpoint.hub import STEMS, index_name, single_name, variant_of
 from minisd.checkpoint.textfiles import read_json_object
 
 

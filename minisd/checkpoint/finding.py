@@ -14,9 +14,9 @@ from typing import Any
 from minisd.checkpoint import configs
 from minisd.checkpoint.errors import CheckpointError
 from minisd.checkpoint.files import Files, open_component_folder, open_files, shard_paths
+from minisd.checkpoint.hub import resolve
 from minisd.checkpoint.keymap import COMPONENTS, KEYS, Key
-from minisd.checkpoint.layouts import INFER, TITLES, Match, Naming, Problems, match, namings, stranger, way_out
-from minisd.checkpoint.sources import resolve
+from minisd.checkpoint.naming import INFER, TITLES, Match, Naming, Problems, match, namings, stranger, way_out
 from minisd.checkpoint.textfiles import read_json_object
 from minisd.config import SD15
 

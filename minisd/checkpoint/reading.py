@@ -19,8 +19,9 @@ from torch import Tensor
 from minisd.checkpoint import configs
 from minisd.checkpoint.errors import CheckpointError
 from minisd.checkpoint.files import Files, open_component_folder, open_files, shard_paths
+from minisd.checkpoint.hub import GENERATION_CONFIG, resolve
 from minisd.checkpoint.keymap import COMPONENTS, KEYS
-from minisd.checkpoint.layouts import (
+from minisd.checkpoint.naming import (
     INFER,
     TITLES,
     Match,
@@ -32,7 +33,6 @@ from minisd.checkpoint.layouts import (
     stranger,
     way_out,
 )
-from minisd.checkpoint.sources import GENERATION_CONFIG, resolve
 from minisd.checkpoint.textfiles import read_json_object
 from minisd.checkpoint.values import Values, read_tensor
 from minisd.config import SD15, ModelConfig

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minisd.checkpoint.errors import CheckpointError
 from minisd.checkpoint.files import Files
-from minisd.checkpoint.layouts import Match
+from minisd.checkpoint.naming import Match
 
 DTYPES = {
     "F64": torch.float64,

@@ -9,8 +9,8 @@ import torch
 
 from minisd.checkpoint import configs, reading
 from minisd.checkpoint.errors import CheckpointError
-from minisd.checkpoint.layouts import Problems, namings
-from minisd.checkpoint.sources import SD15_REPOSITORY, resolve, why_not_fetched
+from minisd.checkpoint.hub import SD15_REPOSITORY, resolve, why_not_fetched
+from minisd.checkpoint.naming import Problems, namings
 from minisd.checkpoint.textfiles import read_json_object
 from minisd.diffusers.refusing import NotCoveredError, shortened
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minisd.taps import COMPONENTS, Reading, Taps
+from minisd.lab.taps import COMPONENTS, Reading, Taps
 
 
 @dataclass

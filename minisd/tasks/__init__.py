@@ -6,10 +6,10 @@ finish(sd, image_to_image(sd, "sun", read_picture("heart.png"), strength=0.6, se
 
 from minisd.tasks.guidance import LossGuidance, colour_loss, compose, weighted_context
 from minisd.tasks.image_to_image import image_to_image
+from minisd.tasks.images import encode_pictures, finish, mean_latents, psnr, read_picture, to_images
 from minisd.tasks.inpainting import inpaint
 from minisd.tasks.interpolation import interpolate, slerp
 from minisd.tasks.inversion import edit, invert, round_trip, walk_down
-from minisd.tasks.pictures import encode_pictures, finish, mean_latents, psnr, read_picture, to_images
 
 __all__ = [
     "LossGuidance",

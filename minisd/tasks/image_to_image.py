@@ -12,7 +12,7 @@ from minisd.noise import Generators, draw_noise
 from minisd.pipeline import StableDiffusion, Step
 from minisd.schedulers import Scheduler
 from minisd.settings import Texts, list_of_texts, one_source
-from minisd.tasks.pictures import Pictures, as_list, encode_pictures, fitting_size, to_images
+from minisd.tasks.images import Pictures, as_list, encode_pictures, fitting_size, to_images
 
 
 def image_to_image(

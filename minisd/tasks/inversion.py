@@ -24,7 +24,7 @@ from torch import Tensor
 from minisd.pipeline import StableDiffusion, Step, to_pictures
 from minisd.schedulers import DDIMInverseScheduler, DDIMScheduler, Scheduler
 from minisd.settings import Texts, check_settings, check_start, matching_prompts
-from minisd.tasks.pictures import psnr
+from minisd.tasks.images import psnr
 
 MOST_TRIES = 25  # of the UNet in a step; about six are usual
 REMEMBERED = 5  # tries that Anderson acceleration combines

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import minisd.cli
-import minisd.generate
+import minisd.cli.output
 from minisd.adapters.lora import open_lora
 from tests.adapters.makers import everything, lora, write
 from tests.command import Result

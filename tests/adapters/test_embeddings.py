@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 import minisd
-from minisd.adapters.embeddings import open_embedding
+from minisd.adapters.textual_inversion import open_embedding
 from minisd.tokenizer import CLIPTokenizer
 from tests.unit.tiny import TOKENIZER, equal, tiny_model
 
@@ -331,7 +331,7 @@ OLD_FORMS = {
 @pytest.mark.parametrize("form", OLD_FORMS.values(), ids=OLD_FORMS)
 def test_the_door_for_pickles(tmp_path, form):
     """Old forms become safetensors, of SD 1.5's width here; nothing in the pickle runs."""
-    from minisd.lab.converting import convert
+    from minisd.lab.weights.convert import convert
 
     vectors = torch.randn(2, 768, generator=torch.Generator().manual_seed(8))
     torch.save(form(vectors), tmp_path / "zork.pt")
@@ -344,7 +344,7 @@ def test_the_door_for_pickles(tmp_path, form):
 
 
 def test_loras_come_through_the_door_too(tmp_path):
-    from minisd.lab.converting import convert
+    from minisd.lab.weights.convert import convert
     from tests.adapters.makers import lora
 
     sd = tiny_model()

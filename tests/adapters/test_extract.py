@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import minisd
-from minisd.lab.lora import LARGEST, extract, factored
+from minisd.lab.weights.extract import LARGEST, extract, factored
 from tests.adapters.makers import attention, everything, lora, write
 from tests.unit.tiny import tiny_model
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from minisd import StableDiffusion
 from minisd.checkpoint.reading import open_alone
-from minisd.lab.commands import convert as convert_command
-from minisd.lab.converting import convert
-from minisd.lab.inspecting import inspect
-from minisd.lab.zoo import write_zoo
+from minisd.cli.weights import convert as convert_command
+from minisd.lab.weights.convert import convert
+from minisd.lab.weights.inspect import inspect
+from minisd.lab.weights.zoo import write_zoo
 from tests.unit.tiny import compvis_tensors, equal, tiny_model
 
 BESIDE = {
@@ -170,9 +170,9 @@ def test_the_command(single, tmp_path):
 MEASURE = """
 import resource, sys
 from minisd.checkpoint.reading import open_alone
-from minisd.lab.converting import convert
-from minisd.lab.inspecting import inspect
-from minisd.lab.zoo import write_zoo
+from minisd.lab.weights.convert import convert
+from minisd.lab.weights.inspect import inspect
+from minisd.lab.weights.zoo import write_zoo
 import torch
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 convert(sys.argv[1], sys.argv[2], dtype=getattr(torch, sys.argv[3], None))

@@ -10,9 +10,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from minisd import CheckpointError
-from minisd.lab.commands import diff as diff_command
-from minisd.lab.comparing import compare, lines
-from minisd.lab.converting import convert
+from minisd.cli.weights import diff as diff_command
+from minisd.lab.weights.convert import convert
+from minisd.lab.weights.diff import compare, lines
 from tests.lab.test_inspect import UNET, averaged
 from tests.unit.tiny import compvis_tensors, tiny_model
 

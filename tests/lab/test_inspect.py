@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 
 from minisd.checkpoint.errors import CheckpointError
 from minisd.checkpoint.keymap import COMPONENTS, COMPVIS_PREFIX, ema_name, model_keys
+from minisd.cli.weights import inspect as inspect_command
+from minisd.cli.weights import keys as keys_command
 from minisd.config import SD15
-from minisd.lab.commands import inspect as inspect_command
-from minisd.lab.commands import keys as keys_command
-from minisd.lab.inspecting import inspect
-from minisd.lab.report import lines
-from minisd.lab.scan import scan
+from minisd.lab.weights.inspect import inspect
+from minisd.lab.weights.report import lines
+from minisd.lab.weights.scan import scan
 from tests.unit.tiny import compvis_tensors, tiny_model
 
 UNET = "model.diffusion_model."

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from minisd import CheckpointError, StableDiffusion
-from minisd.lab.commands import merge as merge_command
-from minisd.lab.merging import merge
+from minisd.cli.weights import merge as merge_command
+from minisd.lab.weights.merge import merge
 from tests.adapters.makers import lora
 from tests.unit.tiny import tiny_model
 
@@ -254,7 +254,7 @@ def test_the_command(models, tmp_path):
 
 MEMORY = """
 import resource, sys, torch
-from minisd.lab.merging import merge
+from minisd.lab.weights.merge import merge
 merge(sys.argv[1], sys.argv[1], sys.argv[3], weight=0.1)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 merge(sys.argv[2], sys.argv[2], sys.argv[3], weight=0.1)

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from minisd import CheckpointError, StableDiffusion
 from minisd.config import SD15
-from minisd.lab.converting import convert
-from minisd.lab.pickles import unpickle
+from minisd.lab.weights.convert import convert
+from minisd.lab.weights.pickles import unpickle
 from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import CLIPTokenizer
 from tests.unit.tiny import TEXT, compvis_tensors, config_like, equal, tiny_model

@@ -9,8 +9,8 @@ import torch
 from click.testing import CliRunner
 
 from minisd import SD15
-from minisd.lab.parity.commands import taps as taps_command
-from minisd.taps import Reading, Taps, catalogue, probabilities, statistics
+from minisd.cli.parity import taps as taps_command
+from minisd.lab.taps import Reading, Taps, catalogue, probabilities, statistics
 from tests.unit.tiny import tiny_model
 
 SETTINGS = {"steps": 3, "guidance_scale": 4.0, "height": 64, "width": 96, "negative_prompt": "red"}

@@ -9,9 +9,9 @@ from click.testing import CliRunner
 
 import minisd.checkpoint
 from minisd import CheckpointError, StableDiffusion
-from minisd.lab.commands import inspect as inspect_command
-from minisd.lab.inspecting import MAX_STEPS, inspect
-from minisd.lab.zoo import write_zoo
+from minisd.cli.weights import inspect as inspect_command
+from minisd.lab.weights.inspect import MAX_STEPS, inspect
+from minisd.lab.weights.zoo import write_zoo
 from minisd.schedulers.base import MAX_TIMESTEPS
 
 

@@ -4,8 +4,8 @@ import diffusers
 import pytest
 import torch
 
-from minisd.checkpoint.sources import embedded_model
-from minisd.lab.converting import convert
+from minisd.checkpoint.hub import embedded_model
+from minisd.lab.weights.convert import convert
 
 
 def weights(pipe):

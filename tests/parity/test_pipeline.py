@@ -133,7 +133,7 @@ def test_half_precision_starts_from_the_same_noise(twin, dtype):
 @pytest.fixture(scope="module")
 def embedded():
     """The model that comes with minisd, in diffusers and here: diffusers loads the folder unchanged."""
-    from minisd.checkpoint.sources import embedded_model
+    from minisd.checkpoint.hub import embedded_model
 
     # Without a dtype transformers 5 would keep the text encoder in the file's float16, and diffusers fail.
     pipeline = StableDiffusionPipeline.from_pretrained(embedded_model(), dtype=torch.float32)

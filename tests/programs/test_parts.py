@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import minisd.diffusers as dialect
-from minisd.checkpoint.sources import embedded_model
+from minisd.checkpoint.hub import embedded_model
 
 TEXTS = [
     "red heart",

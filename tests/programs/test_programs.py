@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from minisd.checkpoint.sources import embedded_model
+from minisd.checkpoint.hub import embedded_model
 
 HERE = Path(__file__).parent
 PROGRAMS = sorted(path for path in HERE.glob("*.py") if not path.name.startswith(("test_", "__")))

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 import minisd.diffusers as dialect
-from minisd.checkpoint.sources import embedded_model
+from minisd.checkpoint.hub import embedded_model
 
 FOLDER = embedded_model()
 NOT_COVERED = dialect.NotCoveredError

@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 
 import minisd
+from minisd.cli.paint import weighted_prompt
 from minisd.schedulers import equations
 from minisd.tasks import LossGuidance, colour_loss, compose, weighted_context
-from minisd.tasks.commands import weighted_prompt
 from minisd.tasks.guidance import count_tokens, parse_weights
 from tests.tasks.conftest import middle, pixels, refused, seeded
 

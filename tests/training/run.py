@@ -16,7 +16,7 @@ from train_text_to_image import train as train_text
 from train_vae import train as train_vae
 from training import gather_team
 
-from minisd.checkpoint.sources import embedded_model
+from minisd.checkpoint.hub import embedded_model
 from minisd.pipeline import StableDiffusion
 from minisd.tokenizer import CLIPTokenizer
 

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 import minisd
 import minisd.tokenizer
+from minisd.checkpoint.hub import STEMS
 from minisd.checkpoint.keymap import COMPVIS_PREFIX, ema_name, unet_keys, vae_keys
-from minisd.checkpoint.layouts import IGNORABLE, ignorable
-from minisd.checkpoint.sources import STEMS
+from minisd.checkpoint.naming import IGNORABLE, ignorable
 from minisd.pipeline import StableDiffusion
 from tests.unit.tiny import TOKENIZER, UNET, VAE_CONFIG, compvis_tensors, equal, tiny_model
 
@@ -542,7 +542,7 @@ def test_saving_replaces_models_and_nothing_else(model, tmp_path):
 
 
 def test_an_interrupted_save_leaves_nothing(model, tmp_path, monkeypatch):
-    monkeypatch.setattr("minisd.checkpoint.writing.save_file", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("minisd.checkpoint.save.save_file", lambda *_, **__: 1 / 0)
     for layout in ("diffusers", "compvis"):
         with pytest.raises(ZeroDivisionError):
             model.save(tmp_path / "new", layout=layout)
@@ -554,7 +554,7 @@ def test_a_save_that_cannot_finish_puts_the_old_model_back(model, folder, monkey
         raise OSError("disk on fire")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="fire"):
-        patch.setattr("minisd.checkpoint.writing.os.replace", fail)
+        patch.setattr("minisd.checkpoint.save.os.replace", fail)
         tiny_model(seed=1).save(folder)
     assert equal(model, StableDiffusion.load(folder)) and len(list(folder.parent.iterdir())) == 1
 

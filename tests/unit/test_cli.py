@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import minisd
 import minisd.cli
-import minisd.generate
+import minisd.cli.output
 from minisd.pipeline import StableDiffusion
 from tests.command import Result
 from tests.unit.tiny import compvis_tensors, tiny_model
@@ -184,9 +184,9 @@ def test_prompts_of_all_kinds(minisd_, prompt):
 
 
 def test_a_model_name_with_separators_is_quoted():
-    assert minisd.generate.quoted("models/v1.5 (final)") == "models/v1.5 (final)"
+    assert minisd.cli.output.quoted("models/v1.5 (final)") == "models/v1.5 (final)"
     for name in ("a, b", "C:\\models", "two\nlines", "a\udcff"):
-        assert json.loads(minisd.generate.quoted(name)) == name and minisd.generate.quoted(name).isascii()
+        assert json.loads(minisd.cli.output.quoted(name)) == name and minisd.cli.output.quoted(name).isascii()
 
 
 def test_recommended_settings(minisd_):
@@ -492,7 +492,7 @@ def test_interrupted_while_writing(minisd_, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(minisd.generate.os, "replace", interrupt)
+    monkeypatch.setattr(minisd.cli.output.os, "replace", interrupt)
     result = minisd_("generate", "cat", "-s", "2", "-o", "x.png")
     assert result.status == 130 and "Traceback" not in result.stderr
     assert os.listdir() == ["x.png"] and Path("x.png").read_bytes() == old
@@ -502,7 +502,7 @@ def test_a_full_disk(minisd_, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(minisd.generate.os, "replace", full)
+    monkeypatch.setattr(minisd.cli.output.os, "replace", full)
     result = minisd_("generate", "cat", "-s", "2", "-o", "x.png")
     assert result.status == 2 and result.stderr == "error: [Errno 28] No space left on device\n"
     assert os.listdir() == []

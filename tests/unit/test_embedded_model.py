@@ -12,7 +12,7 @@ from emoji_data import EMOJI, GROUNDS
 from recognition import Gallery, centre, nearest_ground
 
 import minisd
-from minisd.checkpoint.sources import embedded_model
+from minisd.checkpoint.hub import embedded_model
 
 FOLDER = embedded_model()
 DATA = Path(__file__).parents[1] / "data"

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import pytest
 from safetensors.torch import load_file, save_file
 
-from minisd.checkpoint import sources
+from minisd.checkpoint import hub as sources
 from minisd.pipeline import StableDiffusion
 from tests.unit.tiny import equal, tiny_model
 
@@ -137,7 +137,7 @@ def hub(files):
 
 FIND = """
 import sys, minisd
-from minisd.checkpoint.sources import resolve
+from minisd.checkpoint.hub import resolve
 try:
     print(resolve(sys.argv[1], half=sys.argv[2:] == ["half"]))
 except minisd.CheckpointError as error:

@@ -94,5 +94,5 @@ def test_keymap_needs_the_standard_library_only():
     import subprocess
     import sys
 
-    code = "import minisd.checkpoint.keymap, minisd.checkpoint.layouts, sys; assert 'torch' not in sys.modules"
+    code = "import minisd.checkpoint.keymap, minisd.checkpoint.naming, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from minisd.checkpoint.errors import CheckpointError
 from minisd.checkpoint.finding import find
-from minisd.checkpoint.sources import sha256
+from minisd.checkpoint.hub import sha256
 from minisd.checkpoint.textfiles import write_whole
 from minisd.lab.parity.cases import Case
 from minisd.lab.parity.opening import DTYPES

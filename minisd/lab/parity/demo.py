@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from minisd.checkpoint.sources import embedded_model
+from minisd.checkpoint.hub import embedded_model
 from minisd.lab.parity.bugs import planted
 from minisd.lab.parity.compare import Progress
 from minisd.lab.parity.opening import compare, open_side

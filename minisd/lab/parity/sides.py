@@ -457,6 +457,6 @@ def diffusers_side(path: str, name: str | None = None, dtype: torch.dtype = torc
 
 def located(path: str) -> str:
     """ "emoji" is a folder that minisd knows the place of."""
-    from minisd.checkpoint.sources import resolve
+    from minisd.checkpoint.hub import resolve
 
     return str(resolve(path))

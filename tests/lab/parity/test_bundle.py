@@ -10,10 +10,10 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 from minisd import CheckpointError
+from minisd.cli.parity import parity
+from minisd.cli.parity import trace as trace_command
 from minisd.lab.parity import bundle
 from minisd.lab.parity.cases import Case
-from minisd.lab.parity.commands import parity
-from minisd.lab.parity.commands import trace as trace_command
 from minisd.lab.parity.opening import compare
 from tests.lab.parity.small import CASE, small_model
 

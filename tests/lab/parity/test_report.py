@@ -8,7 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from minisd.lab.parity.commands import parity
+from minisd.cli.parity import parity
 from minisd.lab.parity.evidence import BINS, Evidence, heat, histogram, ulp
 from minisd.lab.parity.report import heat_colour, number, report
 from minisd.lab.parity.verdict import SAME, UNKNOWN, ModulePair, Rung, Verdict

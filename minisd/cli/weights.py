@@ -11,7 +11,7 @@ import click
 from minisd.checkpoint.textfiles import write_whole
 
 if TYPE_CHECKING:
-    from minisd.lab.converting import Job
+    from minisd.lab.weights.convert import Job
 
 
 @click.command()
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="As JSON, one object a PATH and line.")
 def inspect(paths: tuple[str, ...], deep: bool, tree: bool, depth: int, as_json: bool) -> None:
     """Say what is in weight files, from their headers: files, folders or shard indexes."""
-    from minisd.lab import report as words
-    from minisd.lab.inspecting import inspect
+    from minisd.lab.weights import report as words
+    from minisd.lab.weights.inspect import inspect
 
     for path in paths:
         report = inspect(path)
         said: dict[str, Any] = report.as_dict()
         told = [*words.lines(report), *words.tree(report, depth if tree else 0)]
         if deep:
-            from minisd.lab import scan
+            from minisd.lab.weights import scan
 
             findings = scan.scan(report)
             said["values"] = vars(findings)
@@ -44,8 +44,8 @@ def inspect(paths: tuple[str, ...], deep: bool, tree: bool, depth: int, as_json:
 @click.option("--json", "as_json", is_flag=True, help="As JSON, one list a row.")
 def keys(path: str | None, grep: str | None, as_json: bool) -> None:
     """One weight, three names: SD 1.5's table; or what each tensor of the file PATH is."""
-    from minisd.lab.inspecting import inspect
-    from minisd.lab.report import aligned, file_table, key_table
+    from minisd.lab.weights.inspect import inspect
+    from minisd.lab.weights.report import aligned, file_table, key_table
 
     if path is None:
         header, rows = ("minisd", "diffusers", "CompVis", "shape"), list(key_table())
@@ -86,7 +86,7 @@ def convert(source: str, target: str, dtype: str | None, from_pickle: bool, quie
     """Write the model SOURCE as TARGET in another layout or dtype: a folder, or a file if it ends in .safetensors."""
     import torch
 
-    from minisd.lab.converting import opened, plan
+    from minisd.lab.weights.convert import opened, plan
 
     with opened(source, target, from_pickle) as readable:
         carry_out(plan(readable, target, dtype=getattr(torch, dtype) if dtype else None, **settings), quiet)
@@ -96,8 +96,8 @@ def carry_out(job: "Job", quiet: bool) -> None:
     """Write what is planned, with a progress bar, and say where."""
     from tqdm import tqdm
 
-    from minisd.checkpoint.writing import into_place
-    from minisd.lab.converting import run
+    from minisd.checkpoint.save import into_place
+    from minisd.lab.weights.convert import run
 
     for note in job.checkpoint.notes if job.checkpoint else ():
         click.echo(f"warning: {note}", err=True)
@@ -133,7 +133,7 @@ def merge(
     import torch
 
     from minisd.adapters import path_and_scale
-    from minisd.lab.merging import prepare
+    from minisd.lab.weights.merge import prepare
 
     if len(sources) > 2:
         raise ValueError(f"merge takes two models and a target, not {len(sources)} models: merge two, then the next")
@@ -181,7 +181,7 @@ def diff(a: str, b: str, as_json: bool, plot: str | None, quiet: bool) -> None:
     """Compare two checkpoints, whatever their layout and precision: what changed, where, and how much."""
     from tqdm import tqdm
 
-    from minisd.lab.comparing import bars, compare, lines
+    from minisd.lab.weights.diff import bars, compare, lines
 
     target = Path(plot) if plot else None
     if target and (target.suffix != ".png" or not target.parent.is_dir()):

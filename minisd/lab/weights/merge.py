@@ -25,13 +25,13 @@ from minisd.adapters.lora import Change, LoRA, baked_together, open_lora
 from minisd.checkpoint.errors import CheckpointError
 from minisd.checkpoint.files import Files
 from minisd.checkpoint.finding import Found, find
+from minisd.checkpoint.hub import sha256
 from minisd.checkpoint.keymap import COMPONENTS, KEYS, Key
-from minisd.checkpoint.layouts import TITLES, ignorable
-from minisd.checkpoint.sources import sha256
+from minisd.checkpoint.naming import TITLES, ignorable
+from minisd.checkpoint.save import into_place
 from minisd.checkpoint.values import Values
-from minisd.checkpoint.writing import into_place
-from minisd.lab.converting import Advance, Job, check_apart, plan, run
-from minisd.lab.streaming import NAMES, Entry, Made
+from minisd.lab.weights.convert import Advance, Job, check_apart, plan, run
+from minisd.lab.weights.streaming import NAMES, Entry, Made
 
 Source = str | os.PathLike[str]
 Rows = Callable[[], Iterator[tuple[slice, Tensor]]]  # a weight, some rows at a time: which ones, and their values

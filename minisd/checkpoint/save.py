@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minisd.checkpoint import configs
+from minisd.checkpoint.hub import GENERATION_CONFIG, STEMS, single_name
 from minisd.checkpoint.keymap import COMPONENTS, COMPVIS_PREFIX, model_keys
-from minisd.checkpoint.sources import GENERATION_CONFIG, STEMS, single_name
 from minisd.config import ModelConfig
 from minisd.tokenizer import END, START, CLIPTokenizer
 

@@ -1,6 +1,6 @@
 """A zoo of checkpoints: the smallest file of every dialect, and one of every kind of broken file.
 
-    python -m minisd.lab.zoo FOLDER
+    python -m minisd.lab.weights.zoo FOLDER
 
 writes them, 4 MB in all, most of which is headers, with `zoo.json`. That says of each what a careful program does with
 it: "loads" it (as a whole model, the same one in every dialect), "describes" it (it is sound, but no Stable Diffusion
@@ -22,10 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from minisd.checkpoint.keymap import ema_name, model_keys
-from minisd.checkpoint.layouts import TEXT_PREFIX
-from minisd.checkpoint.writing import settings_as_metadata
+from minisd.checkpoint.naming import TEXT_PREFIX
+from minisd.checkpoint.save import settings_as_metadata
 from minisd.config import SD15
-from minisd.lab.converting import convert
+from minisd.lab.weights.convert import convert
 from minisd.pipeline import StableDiffusion
 from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import CLIPTokenizer, vocabulary_of

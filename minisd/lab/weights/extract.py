@@ -20,9 +20,9 @@ from minisd.adapters.targets import Target, layers
 from minisd.adapters.writing import checked_path, write_lora
 from minisd.checkpoint.errors import CheckpointError
 from minisd.checkpoint.finding import Found, find
-from minisd.checkpoint.layouts import TITLES
+from minisd.checkpoint.naming import TITLES
 from minisd.checkpoint.values import Values
-from minisd.lab.scan import sha256
+from minisd.lab.weights.scan import sha256
 
 Source = str | os.PathLike[str]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from minisd.checkpoint.errors import CheckpointError
 from minisd.checkpoint.files import Files, open_files
-from minisd.checkpoint.layouts import stranger
+from minisd.checkpoint.naming import stranger
 from minisd.checkpoint.values import DTYPES, read_tensor
 from minisd.tokenizer import END, START, CLIPTokenizer
 

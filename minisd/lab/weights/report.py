@@ -6,9 +6,9 @@ from math import prod
 
 from minisd.checkpoint.header import TensorInfo
 from minisd.checkpoint.keymap import COMPONENTS, COMPVIS_PREFIX, model_keys
-from minisd.checkpoint.layouts import TITLES
+from minisd.checkpoint.naming import TITLES
 from minisd.config import SD15
-from minisd.lab.inspecting import Report
+from minisd.lab.weights.inspect import Report
 
 SHOWN = 5  # names of a kind
 

@@ -26,7 +26,7 @@ def extract(a: str, b: str, rank: int, output: str | None, dtype: str, as_json: 
     import torch
     from tqdm import tqdm
 
-    from minisd.lab.lora import extract, lines
+    from minisd.lab.weights.extract import extract, lines
 
     target = output or f"{Path(b).stem}-rank{rank}.safetensors"
     with tqdm(unit="weight", leave=False, disable=True if quiet else None) as bar:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minisd.checkpoint.sources import sha256
+from minisd.checkpoint.hub import sha256
 from minisd.checkpoint.values import DTYPES, memory_mapped
-from minisd.lab.inspecting import Report
+from minisd.lab.weights.inspect import Report
 
 SATURATED = 65504.0  # the largest float16: what a careless conversion leaves of anything larger
 

@@ -20,12 +20,12 @@ from minisd.checkpoint.errors import CheckpointError
 from minisd.checkpoint.files import Files
 from minisd.checkpoint.finding import Found, find_components, find_files
 from minisd.checkpoint.header import TensorInfo
+from minisd.checkpoint.hub import resolve
 from minisd.checkpoint.keymap import COMPONENTS
-from minisd.checkpoint.layouts import TITLES, Match, Naming, ignorable, stranger, way_out
-from minisd.checkpoint.sources import resolve
+from minisd.checkpoint.naming import TITLES, Match, Naming, ignorable, stranger, way_out
 from minisd.checkpoint.textfiles import read_json_object, read_text
 from minisd.config import SD15
-from minisd.lab.official import official
+from minisd.lab.weights.official import official
 
 SCHEDULE = Path("scheduler") / "scheduler_config.json"
 MAX_STEPS = 1_000_000  # schedulers' MAX_TIMESTEPS: they come with torch, this file does not

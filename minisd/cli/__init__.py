@@ -11,9 +11,9 @@ from typing import Any
 import click
 
 import minisd
-from minisd.lab import commands as lab
-from minisd.lab import lora_commands
-from minisd.lab.parity import commands as parity_lab
+from minisd.cli import lora as lora_commands
+from minisd.cli import parity as parity_lab
+from minisd.cli import weights as lab
 
 
 class Size(click.ParamType):
@@ -130,7 +130,7 @@ def options(*names: str) -> Any:
 @options(*PAINTING, "check")
 def generate(**options: Any) -> None:
     """Paint PROMPT."""
-    from minisd.generate import run
+    from minisd.cli.output import run
 
     run(**options)
 
@@ -141,7 +141,7 @@ def generate(**options: Any) -> None:
 @options("output", "strength", *PAINTING[1:])
 def img2img(**options: Any) -> None:
     """Repaint PICTURE as PROMPT says."""
-    from minisd.tasks.commands import img2img
+    from minisd.cli.paint import img2img
 
     img2img(**options)
 
@@ -153,7 +153,7 @@ def img2img(**options: Any) -> None:
 @options("output", "strength", *PAINTING[1:])
 def inpaint(**options: Any) -> None:
     """Paint PROMPT into PICTURE where the picture MASK is white."""
-    from minisd.tasks.commands import inpaint
+    from minisd.cli.paint import inpaint
 
     inpaint(**options)
 
@@ -164,7 +164,7 @@ def inpaint(**options: Any) -> None:
 @options(*WALKING, "plain")
 def invert(**options: Any) -> None:
     """Find the noise that paints PICTURE under PROMPT; write it, and the picture that comes back from it."""
-    from minisd.tasks.commands import invert
+    from minisd.cli.paint import invert
 
     invert(**options)
 
@@ -176,7 +176,7 @@ def invert(**options: Any) -> None:
 @options(*WALKING, "start", "plain")
 def edit(**options: Any) -> None:
     """Change PICTURE, which shows PROMPT, into NEW_PROMPT: by inversion, so that the rest stays."""
-    from minisd.tasks.commands import edit
+    from minisd.cli.paint import edit
 
     edit(**options)
 
@@ -188,7 +188,7 @@ def schedule(**options: Any) -> None:
 
     As text in the terminal, or with -o as a picture.
     """
-    from minisd.tasks.commands import schedule
+    from minisd.cli.paint import schedule
 
     schedule(**options)
 
@@ -202,7 +202,7 @@ def interpolate(**options: Any) -> None:
 
     Writes the frames, all of them in a strip, and a GIF.
     """
-    from minisd.tasks.commands import interpolate
+    from minisd.cli.paint import interpolate
 
     interpolate(**options)
 
@@ -212,7 +212,7 @@ def interpolate(**options: Any) -> None:
 @options("output", "and", "weight", "weighted", "colour", "colour-scale", *PAINTING[1:])
 def guide(**options: Any) -> None:
     """Paint PROMPT under more guidance: other prompts, weighted words, a colour."""
-    from minisd.tasks.commands import guide
+    from minisd.cli.paint import guide
 
     guide(**options)
 

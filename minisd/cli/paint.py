@@ -10,18 +10,18 @@ from torch import Tensor
 
 from minisd.checkpoint.reading import open_checkpoint
 from minisd.checkpoint.textfiles import write_whole
-from minisd.generate import Job, png_path, prepare, report
+from minisd.cli.output import Job, png_path, prepare, report
 from minisd.pipeline import to_pictures
 from minisd.settings import Texts, check_start
 from minisd.tasks.guidance import LossGuidance, colour_loss, compose, parse_weights, weighted_context
 from minisd.tasks.image_to_image import first_step, image_to_image
+from minisd.tasks.images import mean_latents, read_picture, to_images
 from minisd.tasks.inpainting import inpaint as inpaint_steps
 from minisd.tasks.interpolation import interpolate as interpolate_steps
 from minisd.tasks.interpolation import make_strip
 from minisd.tasks.inversion import edit as edit_steps
 from minisd.tasks.inversion import invert as invert_steps
 from minisd.tasks.inversion import round_trip
-from minisd.tasks.pictures import mean_latents, read_picture, to_images
 from minisd.tasks.schedule import as_picture, as_text, make_scheduler, read_changes, visited
 
 

@@ -230,8 +230,8 @@ def taps(model: str | None, listing: bool, grep: str | None, as_json: bool) -> N
     one picture.
     """
     from minisd.config import SD15
-    from minisd.lab.report import aligned
-    from minisd.taps import catalogue
+    from minisd.lab.taps import catalogue
+    from minisd.lab.weights.report import aligned
 
     rows = catalogue(SD15 if model is None else config_of(model))
     texts = [(row, " ".join((row.name, *row.aliases, row.meaning))) for row in rows]

@@ -25,7 +25,7 @@ import minisd
 from minisd.adapters import path_and_scale
 from minisd.checkpoint.textfiles import write_whole
 from minisd.pipeline import StableDiffusion, Step, to_pictures
-from minisd.tasks.pictures import fitting_size
+from minisd.tasks.images import fitting_size
 
 SomeStep = TypeVar("SomeStep", bound=Step)
 

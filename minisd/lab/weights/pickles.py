@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minisd.checkpoint.errors import CheckpointError
 from minisd.checkpoint.header import read_header
-from minisd.lab.streaming import NAMES, Entry, Made, write_file
+from minisd.lab.weights.streaming import NAMES, Entry, Made, write_file
 
 PARAMETERS = "torch.nn.modules.container.ParameterDict"
 ZIP = b"PK\x03\x04"  # how torch's format since 1.6 begins; before that a file was a row of bare pickles

@@ -15,11 +15,11 @@ from minisd.checkpoint.errors import CheckpointError
 from minisd.checkpoint.files import Files, open_files
 from minisd.checkpoint.header import TensorInfo
 from minisd.checkpoint.keymap import COMPVIS_PREFIX, model_keys
-from minisd.checkpoint.layouts import INFER, ignorable, namings
+from minisd.checkpoint.naming import INFER, ignorable, namings
 from minisd.checkpoint.reading import Checkpoint, files_at, prediction_hints
-from minisd.checkpoint.writing import settings_as_metadata
+from minisd.checkpoint.save import settings_as_metadata
 from minisd.config import SD15
-from minisd.lab.streaming import Entry
+from minisd.lab.weights.streaming import Entry
 
 LEFTOVERS = "leftovers.safetensors"
 SETTINGS = ("minisd.config", "minisd.tokenizer", "minisd.generation")  # what `sd.save` writes into the metadata

@@ -17,9 +17,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from minisd.checkpoint.errors import CheckpointError
 from minisd.checkpoint.keymap import COMPONENTS
-from minisd.checkpoint.layouts import TITLES
+from minisd.checkpoint.naming import TITLES
 from minisd.checkpoint.values import Values
-from minisd.lab.inspecting import Part, Report, inspect
+from minisd.lab.weights.inspect import Part, Report, inspect
 
 MOVERS = 10  # weights that are listed because they changed most
 

@@ -22,15 +22,15 @@ from minisd.checkpoint import configs
 from minisd.checkpoint.building import read_tokenizer
 from minisd.checkpoint.errors import CheckpointError
 from minisd.checkpoint.files import Files, open_files
+from minisd.checkpoint.hub import STEMS, index_name, single_name
 from minisd.checkpoint.keymap import COMPONENTS, COMPVIS_PREFIX, KEYS, Key
-from minisd.checkpoint.layouts import EMBEDDING, LORA, stranger
+from minisd.checkpoint.naming import EMBEDDING, LORA, stranger
 from minisd.checkpoint.reading import Checkpoint, Component, check_fit, open_alone, open_checkpoint
-from minisd.checkpoint.sources import STEMS, index_name, single_name
+from minisd.checkpoint.save import check_replaceable, into_place, write_json, write_settings
 from minisd.checkpoint.values import Values
-from minisd.checkpoint.writing import check_replaceable, into_place, write_json, write_settings
-from minisd.lab import baggage
-from minisd.lab.pickles import unpickle
-from minisd.lab.streaming import Entry, copied, weight, write_file
+from minisd.lab.weights import baggage
+from minisd.lab.weights.pickles import unpickle
+from minisd.lab.weights.streaming import Entry, copied, weight, write_file
 
 LAYOUTS = ("diffusers", "compvis")
 

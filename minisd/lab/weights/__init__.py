@@ -1,0 +1,1 @@
+"""The weights workbench: inspect, convert, diff, merge, extract; one file each."""
