@@ -1,21 +1,20 @@
-"""START HERE. From a prompt to a picture, one walk.
+"""START HERE. From a prompt to an image, one walk.
 
     prompt --tokenizer--> ids --text_encoder--> context ---+
                                                            v
-    seed --randn--> latents x_T --[ unet predicts noise, scheduler removes some ]--> x_0 --vae.decode--> picture
+    seed --randn--> latents x_T --[ UNet predicts the noise, scheduler steps to x_{t-1} ]--> x_0 --vae.decode--> image
 
     sd = StableDiffusion.load("emoji")
     sd.text_to_image("red heart", seed=1)[0].save("heart.png")
 
-Read on in this order: `tokenizer.py`, `text_encoder.py`, `unet.py`, `schedulers/`, `vae.py`, with `config.py` and
-`layers.py` beside them; then `checkpoint/keymap.py` for how weight files become these modules.
+Read on in this order: `sampling.py` (every setting), `tokenizer.py`, `text_encoder.py`, `unet.py`, `schedulers/`,
+`vae.py`, with `config.py` and `layers.py` beside them; then `checkpoint/keymap.py`: how weight files become modules.
 """
 
-import inspect
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,41 +22,32 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from minisd.adapters.adaptable import Adaptable
+from minisd.adapters import Adapters
 from minisd.checkpoint.building import build, read_tokenizer, usable_device
 from minisd.checkpoint.reading import open_checkpoint
 from minisd.checkpoint.save import Model, save
 from minisd.config import ModelConfig
 from minisd.noise import Generators, draw_noise
-from minisd.schedulers import DDIMScheduler, DDPMScheduler, Scheduler
-from minisd.settings import check_settings, check_start, matching_prompts, one_source
+from minisd.sampling import LoopSettings, Sampling, Step, Texts, matching_prompts
+from minisd.schedulers import SCHEDULERS, Scheduler
 from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import CLIPTokenizer
 from minisd.unet import UNet
 from minisd.vae import VAE
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from minisd.adapters.lora import LoRA
     from minisd.lab.taps import Taps
 
-SCHEDULERS: dict[str, type[Scheduler]] = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}
 
+class StableDiffusion:
+    """A text-to-image latent diffusion model (Rombach et al. 2022, arXiv:2112.10752).
 
-@dataclass
-class Step:
-    """One step of the sampling loop. Who reads it may put other `latents` in it: the loop goes on from those."""
-
-    index: int  # 0, 1, 2, ...
-    timestep: int  # the timestep that the UNet saw: falling, from about 1000 towards 0
-    latents: Tensor  # (B, 4, H/8, W/8), after the step
-    x0: Tensor  # (B, 4, H/8, W/8), where the UNet now thinks that this is going: to_pictures(sd.decode(step.x0))
-
-
-class StableDiffusion(Adaptable):
-    """A text-to-image latent diffusion model (Rombach et al. 2022, arXiv:2112.10752), ready to run.
-
-    `text_encoder`, `unet`, `vae` are torch modules, `tokenizer` a callable from strings to ids, `config` every number
-    of the architecture, `generation` the settings that the model's makers recommend (may be empty). LoRAs and learnt
-    words can be loaded on top: `load_lora`, `load_embedding` (see `adapters/adaptable.py`).
+    `text_encoder`, `unet`, `vae` are torch modules, `tokenizer` a callable from strings to ids, `scheduler_config` the
+    noise schedule, `generation` the settings that the model's makers recommend (may be empty), `adapters` the LoRAs
+    and the added tokens that are loaded on top.
     """
 
     def __init__(
@@ -71,12 +61,9 @@ class StableDiffusion(Adaptable):
         generation: Mapping[str, Any] | None = None,
     ) -> None:
         """`scheduler`: constructor arguments of the noise schedule, under diffusers' names."""
-        super().__init__()
         self.text_encoder, self.unet, self.vae, self.tokenizer = text_encoder, unet, vae, tokenizer
-        self.config = ModelConfig(
-            text_encoder=text_encoder.config, unet=unet.config, vae=vae.config, scheduler=dict(scheduler)
-        )
-        self.generation = dict(generation or {})
+        self.scheduler_config, self.generation = dict(scheduler), dict(generation or {})
+        self.adapters = Adapters(self)
 
     @classmethod
     def load(
@@ -100,112 +87,73 @@ class StableDiffusion(Adaptable):
         checkpoint = open_checkpoint(source, dtype=dtype, weights=weights, vae=vae)
         for note in checkpoint.notes:
             warnings.warn(note, stacklevel=2)
-        words = read_tokenizer(checkpoint, tokenizer)
-        parts = checkpoint.components
+        parts, own_tokenizer = checkpoint.components, read_tokenizer(checkpoint, tokenizer)
         return cls(
             build(TextEncoder, parts["text_encoder"], dtype, device),
             build(UNet, parts["unet"], dtype, device),
             build(VAE, parts["vae"], dtype, device),
-            words,
+            own_tokenizer,
             scheduler=checkpoint.scheduler,
             generation=checkpoint.generation,
         )
 
     @torch.no_grad()
-    def text_to_image(self, prompt: str | list[str] | Tensor, **settings: Any) -> list[Image.Image]:
-        """Paint `prompt`. Takes the settings of `denoise`; returns `images_per_prompt` pictures for each prompt."""
-        latents = None
-        for step in self.denoise(prompt, **settings):
-            latents = step.latents
-        assert latents is not None  # there is at least one step
-        return to_pictures(self.decode(latents))
+    def text_to_image(
+        self, prompt: Texts, sampling: Sampling | None = None, **settings: "Unpack[LoopSettings]"
+    ) -> list[Image.Image]:
+        """Generate `images_per_prompt` images for each prompt: run `denoise`, which has the settings, then decode."""
+        *_, last = self.denoise(prompt, sampling, **settings)
+        return to_pictures(self.decode(last.latents))
 
     @torch.no_grad()
     def denoise(
-        self,
-        prompt: str | list[str] | Tensor,
-        *,
-        negative_prompt: str | list[str] | Tensor = "",
-        steps: int = 50,
-        guidance_scale: float = 7.5,
-        guidance_rescale: float = 0.0,
-        height: int | None = None,
-        width: int | None = None,
-        seed: int | None = None,
-        generator: Generators = None,
-        latents: Tensor | None = None,
-        scheduler: Scheduler | str | None = None,
-        eta: float = 0.0,
-        images_per_prompt: int = 1,
-        clip_skip: int = 0,
-        start: int = 0,
-        predict_noise: Callable[[Tensor, Tensor, Tensor, float, float], Tensor] | None = None,
+        self, prompt: Texts, sampling: Sampling | None = None, **settings: "Unpack[LoopSettings]"
     ) -> Iterator[Step]:
-        """The sampling loop: from noise to latents, one `Step` at a time, `steps` in all (more is finer, and slower).
+        """The sampling loop: from noise to latents, an iterator over the denoising steps.
 
-        `guidance_scale` pushes away from `negative_prompt` (one, or one for each prompt) and towards `prompt`; up to 1
-        it does not, and `negative_prompt` has no effect. `guidance_rescale` from 0 to 1 is against overexposure.
-        `images_per_prompt` pictures are made of each prompt.
-
-        `height`, `width` in pixels, divisible by 8 (default: the model's own). `seed` or `generator` (one, or one for
-        each picture) gives all randomness, drawn on the CPU: a seed is the same picture on every device. `latents`
-        (B, 4, H/8, W/8) replaces the initial noise. `scheduler`: "ddim" (the default), "ddpm", or an object. `eta`
-        from 0 (deterministic) to 1 (as random as DDPM) matters to DDIM only. `clip_skip` leaves out that many last
-        layers of the text encoder. Raises ValueError for a setting that is impossible.
-
-        Three openings serve all of `tasks/`: a prompt may be given as context (B, 77, D), already encoded; `start` is
-        the index of the first step to take, from `latents` at that step's noise level; and `predict_noise` stands in
-        for the method of that name.
+        `prompt`: one, several, or context (B, 77, D) that is encoded already. `settings` are the fields of `Sampling`,
+        by name (steps=30, seed=1), or in one object, of which those by name replace some. A setting that is impossible
+        raises ValueError at this call, before the first step.
         """
-        prompts, negatives = matching_prompts(prompt, negative_prompt)
-        size = self.latent_size(height, width)
-        predict_noise = predict_noise or self.predict_noise
-        sampler, generator = self.make_scheduler(scheduler), one_source(seed, generator)
-        check_settings(
-            steps,
-            len(sampler),
-            images_per_prompt,
-            guidance_scale=guidance_scale,
-            guidance_rescale=guidance_rescale,
-            eta=eta,
-        )
-        check_start(start, steps, latents)
+        chosen = replace(sampling or Sampling(), **settings)
+        steps, scale = chosen.steps_and_scale(self.generation)
+        prompts, negatives = matching_prompts(prompt, chosen.negative_prompt)
+        scheduler, generator = self.make_scheduler(chosen.scheduler, steps), chosen.make_generator()
+        predict_noise, start = chosen.predict_noise or self.predict_noise, chosen.start or 0
 
-        guided = guidance_scale > 1
-        context = self.encode_prompt(prompts, negatives if guided else None, images_per_prompt, clip_skip)
-        sampler.set_timesteps(steps, device=self.device)
-        shape = (len(prompts) * images_per_prompt, self.vae.config.latent_channels, *size)
-        x = self.initial_noise(shape, generator, latents) * sampler.init_noise_sigma
-        takes = inspect.signature(sampler.step).parameters
-        extra = {name: value for name, value in {"eta": eta, "generator": generator}.items() if name in takes}
+        shape = (len(prompts) * chosen.images_per_prompt, *self.latent_shape(chosen.height, chosen.width))
+        x = self.initial_noise(shape, generator, chosen.latents)  # (B, 4, H/8, W/8)
+        if chosen.start is None:  # unit variance -> that of the first timestep; with `start`, latents are there already
+            x = x * scheduler.init_noise_sigma
+        unconditional = negatives if scale > 1 else None
+        context = self.encode_prompt(prompts, unconditional, chosen.images_per_prompt, chosen.clip_skip)
 
-        for index, t in enumerate(sampler.timesteps[start:], start):
-            eps = predict_noise(sampler.scale_model_input(x, t), t, context, guidance_scale, guidance_rescale)
-            result = sampler.step(eps, t, x, **extra)
-            step = Step(index, int(t), result.prev_sample, result.pred_original_sample)
-            yield step
-            x = step.latents
+        @torch.no_grad()
+        def loop(x: Tensor) -> Iterator[Step]:
+            for index, t in enumerate(scheduler.timesteps[start:], start):
+                eps = predict_noise(scheduler.scale_model_input(x, t), t, context, scale, chosen.guidance_rescale)
+                result = scheduler.step(eps, t, x, eta=chosen.eta, generator=generator)
+                step = Step(index, int(t), result.prev_sample, result.pred_original_sample)
+                yield step
+                x = step.latents
 
-    # To people and tools, text_to_image has the settings of denoise, one by one.
-    text_to_image.__signature__ = inspect.signature(denoise).replace(return_annotation=list[Image.Image])  # type: ignore[attr-defined]
+        return loop(x)
 
     def encode_prompt(
-        self,
-        prompts: list[str] | Tensor,
-        negatives: list[str] | Tensor | None,
-        images_per_prompt: int = 1,
-        clip_skip: int = 0,
+        self, prompts: Texts, negatives: Texts | None, images_per_prompt: int = 1, clip_skip: int = 0
     ) -> Tensor:
-        """Prompts -> context (B, 77, D), or (2B, 77, D) with `negatives` first: the two halves of guidance.
+        """Prompts -> context (B, 77, D), or (2B, 77, D) with `negatives` first: the batch of classifier-free guidance.
 
-        Each prompt stands `images_per_prompt` times in a row. As in diffusers, `clip_skip` is not for negatives.
+        Each prompt is repeated `images_per_prompt` times in a row. As in diffusers, `clip_skip` is not for negatives.
         What is context already stays as it is.
         """
 
-        def encode(texts: list[str] | Tensor, clip_skip: int = 0) -> Tensor:
+        def encode(texts: Texts, clip_skip: int = 0) -> Tensor:
             if isinstance(texts, Tensor):
-                return texts.to(self.device).repeat_interleave(images_per_prompt, dim=0)
-            context = self.text_encoder(self.tokenizer(texts).to(self.device), clip_skip=clip_skip)
+                context = texts.to(self.device)
+            else:
+                ids = self.tokenizer([texts] if isinstance(texts, str) else texts)  # (B, 77)
+                context = self.text_encoder(ids.to(self.device), clip_skip=clip_skip)  # (B, 77, D)
             return context.repeat_interleave(images_per_prompt, dim=0)
 
         context = encode(prompts, clip_skip)
@@ -214,10 +162,7 @@ class StableDiffusion(Adaptable):
     def predict_noise(
         self, x: Tensor, t: Tensor, context: Tensor, guidance_scale: float, guidance_rescale: float = 0.0
     ) -> Tensor:
-        """The UNet's noise, pushed away from the negative prompt and towards the prompt.
-
-        Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598): negative + scale (positive - negative).
-        """
+        """The UNet's noise prediction (or v); for guidance the unconditional and the conditional half in one batch."""
         if x.shape[1] != self.unet.config.in_channels:
             raise ValueError(
                 f"this UNet takes {self.unet.config.in_channels} channels, not {x.shape[1]} (an inpainting model?): "
@@ -226,69 +171,32 @@ class StableDiffusion(Adaptable):
         if guidance_scale <= 1:
             return self.unet(x, t, context)
         negative, positive = self.unet(torch.cat([x, x]), t, context).chunk(2)
-        eps = negative + guidance_scale * (positive - negative)
-        return rescale_guidance(eps, positive, guidance_rescale) if guidance_rescale > 0 else eps
+        return guide(negative, positive, guidance_scale, guidance_rescale)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, 4, H/8, W/8), as in the loop -> images (B, 3, H, W), about in [-1, 1]."""
         return self.vae.decode(latents / self.vae.scaling_factor)
 
-    def save(self, path: str | os.PathLike[str], layout: str = "diffusers", dtype: torch.dtype | None = None) -> None:
-        """Write the model to `path`: a folder that diffusers loads too, or one file in the "compvis" layout.
+    def make_scheduler(self, scheduler: Scheduler | str | None, steps: int | None = None) -> Any:
+        """A scheduler by name, with the model's noise schedule, or the object given; its timesteps set to `steps`."""
+        if scheduler is None or isinstance(scheduler, str):
+            scheduler = SCHEDULERS[scheduler or "ddim"].from_config(self.scheduler_config)
+        if steps is not None:
+            if steps > len(scheduler):  # diffusers counts a scheduler's length in training timesteps
+                raise ValueError(f"steps={steps}: must be at most the schedule's {len(scheduler)}")
+            scheduler.set_timesteps(steps, device=self.device)
+        return scheduler
 
-        LoRAs that are loaded are worked into the weights that are written, words of embeddings are in the vocabulary.
-        Raises ValueError for another layout, FileExistsError where something else than a model is in the way.
-        """
-        modules = {"text_encoder": self.text_encoder, "unet": self.unet, "vae": self.vae}
-        states = self.baked({name: module.state_dict() for name, module in modules.items()})
-        save(Model(states, self.config, self.tokenizer, self.generation), path, layout=layout, dtype=dtype)
-
-    def state(self) -> dict[str, Tensor]:
-        """Every weight under its prose name, "unet.down.4.attention.cross_attn.q.weight": the model's own memory.
-
-        Who writes into one of these tensors operates on the model: `sd.state()[name][:80] = 0`.
-        """
-        parts = {"unet": self.unet, "vae": self.vae, "text_encoder": self.text_encoder}
-        return {
-            f"{part}.{name}": weight for part, module in parts.items() for name, weight in module.state_dict().items()
-        }
-
-    def taps(self, *patterns: str, **settings: Any) -> "Taps":
-        """Read, or edit, anything inside while the model works: see `minisd/lab/taps.py`.
-
-        `with sd.taps("unet.*.cross_attn.probabilities", keep=True) as taps: sd.text_to_image(...)`
-        """
-        from minisd.lab.taps import Taps
-
-        return Taps(self, *patterns, **settings)
-
-    @property
-    def device(self) -> torch.device:
-        return self.unet.conv_in.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.unet.conv_in.weight.dtype
-
-    def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """Pixels -> latents. Raises ValueError for a size that the VAE cannot make."""
+    def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
+        """Pixels -> (C, H/8, W/8); the size the UNet was trained at by default. ValueError for one the VAE lacks."""
         factor = self.vae.config.downsampling
         default = self.unet.config.sample_size * factor
         height, width = (default if size is None else size for size in (height, width))
         for name, size in (("height", height), ("width", width)):
             if not isinstance(size, int) or size <= 0 or size % factor:
                 raise ValueError(f"{name}={size}: must be a positive multiple of {factor}")
-        return height // factor, width // factor
-
-    def make_scheduler(self, scheduler: Scheduler | str | None) -> Any:
-        """A scheduler by name, with the model's noise schedule; an object is taken as it is."""
-        if scheduler is None or isinstance(scheduler, str):
-            kind = SCHEDULERS.get(scheduler or "ddim")
-            if kind is None:
-                raise ValueError(f"scheduler={scheduler!r}: must be one of {', '.join(SCHEDULERS)}")
-            return kind.from_config(self.config.scheduler)
-        return scheduler
+        return self.vae.config.latent_channels, height // factor, width // factor
 
     def initial_noise(self, shape: tuple[int, ...], generator: Generators, latents: Tensor | None) -> Tensor:
         """x_T: standard normal, drawn on the CPU in the model's dtype, unless `latents` are given."""
@@ -299,11 +207,76 @@ class StableDiffusion(Adaptable):
             raise ValueError(f"latents have the shape {tuple(latents.shape)}: must be {shape}")
         return latents.to(self.device)
 
+    # ------------------------------------------------ the model as a whole
+
+    @property
+    def modules(self) -> dict[str, torch.nn.Module]:
+        return {"text_encoder": self.text_encoder, "unet": self.unet, "vae": self.vae}
+
+    @property
+    def config(self) -> ModelConfig:
+        """Every number of the architecture and of the noise schedule."""
+        text_encoder, unet, vae = self.text_encoder.config, self.unet.config, self.vae.config
+        return ModelConfig(text_encoder=text_encoder, unet=unet, vae=vae, scheduler=self.scheduler_config)
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.conv_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.conv_in.weight.dtype
+
+    def state(self) -> dict[str, Tensor]:
+        """Every weight by name, "unet.down.4.attention.cross_attn.q.weight": the model's own memory, to write into."""
+        states = {part: module.state_dict() for part, module in self.modules.items()}
+        return {f"{part}.{name}": weight for part, state in states.items() for name, weight in state.items()}
+
+    def save(self, path: str | os.PathLike[str], layout: str = "diffusers", dtype: torch.dtype | None = None) -> None:
+        """Write the model to `path`: a folder that diffusers loads too, or one file in the "compvis" layout.
+
+        Loaded LoRAs are merged into the weights that are written; added tokens are in the vocabulary. Raises ValueError
+        for another layout, FileExistsError where something else than a model is in the way.
+        """
+        states = self.adapters.merged({name: module.state_dict() for name, module in self.modules.items()})
+        save(Model(states, self.config, self.tokenizer, self.generation), path, layout=layout, dtype=dtype)
+
+    # ------------------------------------------------ adapters and taps
+
+    def load_lora(self, path: str | os.PathLike[str], scale: float = 1.0) -> "LoRA":
+        """Add a LoRA (Hu et al. 2021, arXiv:2106.09685) beside the weights: see `Adapters.load_lora`."""
+        return self.adapters.load_lora(path, scale)
+
+    def unload_lora(self, path: str | os.PathLike[str] | None = None) -> None:
+        """Remove the LoRA of this path, or all: the model is as it was, to the last bit."""
+        self.adapters.unload_lora(path)
+
+    def load_embedding(self, path: str | os.PathLike[str] | Tensor, token: str | None = None) -> list[str]:
+        """Add the tokens of a textual inversion (Gal et al. 2022, arXiv:2208.01618): `Adapters.load_embedding`."""
+        return self.adapters.load_embedding(path, token)
+
+    def unload_embedding(self, token: str | None = None) -> None:
+        """Remove one added token, or all."""
+        self.adapters.unload_embedding(token)
+
+    def taps(self, *patterns: str, **settings: Any) -> "Taps":
+        """Read, or edit, any intermediate tensor while the model runs: see `lab/taps.py`."""
+        from minisd.lab.taps import Taps
+
+        return Taps(self, *patterns, **settings)
+
+
+def guide(negative: Tensor, positive: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
+    """Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598): from the unconditional (or negative) prediction
+    towards the conditional one, and beyond it."""
+    eps = negative + scale * (positive - negative)
+    return rescale_guidance(eps, positive, rescale) if rescale > 0 else eps
+
 
 def rescale_guidance(eps: Tensor, positive: Tensor, amount: float) -> Tensor:
-    """Give guided noise the spread of the text's own prediction again, by `amount` from 0 to 1.
+    """Scale the guided prediction back to the standard deviation of the conditional one, by `amount` from 0 to 1.
 
-    Strong guidance inflates the noise, and the picture is overexposed (Lin et al. 2023, arXiv:2305.08891, section 3.4).
+    Strong guidance inflates it, and the image is overexposed (Lin et al. 2023, arXiv:2305.08891, section 3.4).
     """
     dims = tuple(range(1, eps.ndim))
     rescaled = eps * (positive.std(dim=dims, keepdim=True) / eps.std(dim=dims, keepdim=True))
@@ -311,7 +284,7 @@ def rescale_guidance(eps: Tensor, positive: Tensor, amount: float) -> Tensor:
 
 
 def to_pictures(images: Tensor) -> list[Image.Image]:
-    """Images (B, 3, H, W) in [-1, 1] -> PIL images; values are rounded to bytes, not cut."""
+    """Images (B, 3, H, W) in [-1, 1] -> PIL images; values are rounded to bytes, not truncated."""
     pixels = (images / 2 + 0.5).clamp(0, 1)
     array = rearrange(pixels, "b c h w -> b h w c").cpu().float().numpy()
     return [Image.fromarray(picture) for picture in (array * 255).round().astype("uint8")]

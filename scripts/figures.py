@@ -140,7 +140,7 @@ def inversion(sd: StableDiffusion) -> Image.Image:
 
 def interpolation(sd: StableDiffusion) -> Image.Image:
     """From one prompt and seed to another."""
-    shape = (1, sd.vae.config.latent_channels, *sd.latent_size(None, None))
+    shape = (1, *sd.latent_shape(None, None))
     first, last = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (SEED, SEED + 1))
     prompts = ("a green apple", "a tomato on a yellow background")
     painted = finish(sd, interpolate(sd, prompts, (first, last), frames=7, **sd.generation))

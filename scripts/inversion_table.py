@@ -22,7 +22,7 @@ from PIL import Image
 
 from minisd import StableDiffusion
 from minisd.tasks import invert, mean_latents, psnr, round_trip, to_images
-from minisd.tasks.inversion import decoded
+from minisd.tasks.images import decoded
 
 
 def compositions(size: int) -> dict[str, Image.Image]:

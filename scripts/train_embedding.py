@@ -41,10 +41,10 @@ def first_vectors(sd: StableDiffusion, count: int) -> Tensor:
 
 
 def train(sd: StableDiffusion, bank: Bank, word: str, *, steps: int, batch: int, peak: float) -> list[float]:
-    """Train the rows of `word`, which is loaded already; `sd.embeddings` has them in the end. Returns the losses."""
+    """Train the rows of `word`, which is loaded already and has them in the end. Returns the losses."""
     denoiser = Denoiser()
     denoiser.text_encoder, denoiser.unet = sd.text_encoder.requires_grad_(False), sd.unet.requires_grad_(False)
-    rows = slice(-len(sd.embeddings[word]), None)
+    rows = slice(-len(sd.adapters.embeddings[word]), None)
     table = sd.text_encoder.token_embedding.weight.requires_grad_(True)
     optimizer = torch.optim.AdamW([table], lr=peak, betas=(0.9, 0.99), weight_decay=0.0)
     scheduler, losses = DDPMScheduler.from_config(SD15.scheduler), []
@@ -57,7 +57,7 @@ def train(sd: StableDiffusion, bank: Bank, word: str, *, steps: int, batch: int,
         table.grad[: rows.start] = 0  # Adam does not move what never had a gradient
         optimizer.step()
         bar.set_postfix_str(f"loss {losses[-1]:.4f}", refresh=False)
-    sd.embeddings[word] = table.requires_grad_(False)[rows].clone()
+    sd.adapters.embeddings[word] = table.requires_grad_(False)[rows].clone()
     return losses
 
 
@@ -82,7 +82,7 @@ def main() -> None:
     scenes = scenes_of(arguments.character, 128)
     bank = Bank(scenes, *encode(scenes, sd.vae, studio))
     train(sd, bank, word, steps=arguments.steps, batch=arguments.batch, peak=arguments.lr)
-    path = write_embedding(arguments.out, word, sd.embeddings[word])
+    path = write_embedding(arguments.out, word, sd.adapters.embeddings[word])
     after = paint(sd, prompts)
     for when, pictures in (("before", before), ("after", after)):
         seen = recognised(pictures, [arguments.character] * len(prompts), gallery)

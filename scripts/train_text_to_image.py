@@ -169,7 +169,7 @@ def assemble(denoiser: Denoiser, vae: VAE, tokenizer: CLIPTokenizer) -> StableDi
 
 def grid(sd: StableDiffusion, columns: int = 8) -> Image.Image:
     """A picture for each of PROMPTS, always from the same noise."""
-    pictures = sd.text_to_image(list(PROMPTS), seed=SEED, **GENERATION)
+    pictures = sd.text_to_image(list(PROMPTS), seed=SEED)  # steps and guidance: the model's own
     return contact_sheet(pictures, PROMPTS, columns)
 
 

@@ -1,4 +1,4 @@
-"""`minisd lora`: the commands about LoRAs. Only click is imported here; `minisd/cli.py` takes them in."""
+"""`minisd lora`: the commands about LoRAs. Only click is imported here."""
 
 import json
 from typing import Any
@@ -40,3 +40,6 @@ def extract(a: str, b: str, rank: int, output: str | None, dtype: str, as_json: 
     for line in lines(done):
         click.echo(line)
     click.echo(done.path)
+
+
+COMMANDS = (lora,)

@@ -1,161 +1,234 @@
-"""What the tasks' commands do: read pictures, settle the settings, run the task, write. See `minisd COMMAND --help`."""
+"""The commands that make pictures: each turns its options into a `Sampling`, runs a task, and writes what comes out.
 
-import io
+Only click is imported here; what needs torch is imported when a command runs.
+"""
+
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors.torch import save
-from torch import Tensor
+import click
 
-from minisd.checkpoint.reading import open_checkpoint
-from minisd.checkpoint.textfiles import write_whole
-from minisd.cli.output import Job, png_path, prepare, report
-from minisd.pipeline import to_pictures
-from minisd.settings import Texts, check_start
-from minisd.tasks.guidance import LossGuidance, colour_loss, compose, parse_weights, weighted_context
-from minisd.tasks.image_to_image import first_step, image_to_image
-from minisd.tasks.images import mean_latents, read_picture, to_images
-from minisd.tasks.inpainting import inpaint as inpaint_steps
-from minisd.tasks.interpolation import interpolate as interpolate_steps
-from minisd.tasks.interpolation import make_strip
-from minisd.tasks.inversion import edit as edit_steps
-from minisd.tasks.inversion import invert as invert_steps
-from minisd.tasks.inversion import round_trip
-from minisd.tasks.schedule import as_picture, as_text, make_scheduler, read_changes, visited
+from minisd.cli.options import GENERATION, INVERSION, REPORT, options, text_and_number
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from minisd.cli.job import Job
 
 
-def img2img(*, image: str, strength: float | None, **options: Any) -> None:
-    strength = 0.8 if strength is None else strength
-    picture = read_picture(image)
-    job = prepare(**options, picture=picture, strength=strength)
-    taken = job.settings.steps - first_step(job.settings.steps, strength)
-    steps = image_to_image(job.sd, job.settings.prompt, picture, strength=strength, **job.denoising())
-    job.write(job.paint(steps, taken))
+@click.command()
+@click.argument("prompt")
+@options(*GENERATION, "check")
+def generate(prompt: str, check: bool, **options: Any) -> None:
+    """Generate images from PROMPT."""
+    from minisd.cli.job import Job
+
+    job = Job.prepare(prompt, options)
+    if check:
+        return run_checked(job)
+    return job.write(job.run(job.sd.denoise(prompt, job.sampling)))
 
 
-def inpaint(*, image: str, mask: str, strength: float | None, **options: Any) -> None:
-    strength = 1.0 if strength is None else strength
-    picture, hole = read_picture(image), read_picture(mask)
-    job = prepare(**options, picture=picture, strength=strength)
-    taken = job.settings.steps - first_step(job.settings.steps, strength)
-    steps = inpaint_steps(job.sd, job.settings.prompt, picture, hole, strength=strength, **job.denoising())
-    job.write(job.paint(steps, taken))
+def run_checked(job: "Job") -> None:
+    """Generate, and say where the first value is that is not finite, and how large values get."""
+    import numpy as np
+
+    from minisd.lab.finite import nan_tracer
+
+    with nan_tracer(job.sd) as trace, np.errstate(invalid="ignore"):  # NaN becomes some byte
+        pictures = job.run(job.sd.denoise(job.prompt, job.sampling))
+    if not job.options["as_json"]:
+        click.echo("\n".join(trace.lines()), err=True)
+    job.write(pictures, check=trace.as_dict())
 
 
-def invert(*, image: str, plain: bool, **options: Any) -> None:
-    """Writes the picture as it comes back, and beside it the noise that it comes from."""
-    job, images, latents = prepare_walk_up(image, way="plain" if plain else "exact", **options)
-    noise_path = job.paths.output.with_suffix(".safetensors")
-    if noise_path.is_dir():
-        raise ValueError(f"{noise_path}: is a folder")
-    settings = walking(job)
-    up = invert_steps(job.sd, job.settings.prompt, latents, exact=not plain, **settings)
-    trip = round_trip(job.sd, job.settings.prompt, latents, to_pictures(images), job.progress(up), **settings)
+@click.command()
+@click.argument("prompt")
+@click.argument("image", metavar="PICTURE")
+@options("output", "strength", *GENERATION[1:])
+def img2img(prompt: str, image: str, strength: float | None, **options: Any) -> None:
+    """Change PICTURE into what PROMPT says (SDEdit)."""
+    from minisd.cli.job import Job
+    from minisd.tasks.image_to_image import first_step, image_to_image
+    from minisd.tasks.images import read_picture
+
+    strength, picture = 0.8 if strength is None else strength, read_picture(image)
+    job = Job.prepare(prompt, options, picture, strength=strength)
+    taken = job.steps - first_step(job.steps, strength)
+    job.write(job.run(image_to_image(job.sd, prompt, picture, strength=strength, **job.settings), taken))
+
+
+@click.command()
+@click.argument("prompt")
+@click.argument("image", metavar="PICTURE")
+@click.argument("mask")
+@options("output", "strength", *GENERATION[1:])
+def inpaint(prompt: str, image: str, mask: str, strength: float | None, **options: Any) -> None:
+    """Generate PROMPT in PICTURE where the picture MASK is white."""
+    from minisd.cli.job import Job
+    from minisd.tasks.image_to_image import first_step
+    from minisd.tasks.images import read_picture
+    from minisd.tasks.inpainting import inpaint
+
+    strength, picture, hole = 1.0 if strength is None else strength, read_picture(image), read_picture(mask)
+    job = Job.prepare(prompt, options, picture, strength=strength)
+    taken = job.steps - first_step(job.steps, strength)
+    job.write(job.run(inpaint(job.sd, prompt, picture, hole, strength=strength, **job.settings), taken))
+
+
+@click.command()
+@click.argument("prompt")
+@click.argument("image", metavar="PICTURE")
+@options(*INVERSION, "plain")
+def invert(prompt: str, image: str, plain: bool, **options: Any) -> None:
+    """Find the noise that generates PICTURE under PROMPT; write it, and the picture that comes back from it."""
+    from safetensors.torch import save
+
+    from minisd.checkpoint.textfiles import write_whole
+    from minisd.cli.output import check_no_folder, parameters
+    from minisd.pipeline import to_pictures
+    from minisd.tasks.inversion import invert, round_trip
+
+    job, images, latents = prepare_inversion(prompt, image, options, way="plain" if plain else "exact")
+    noise = job.paths.output.with_suffix(".safetensors")
+    check_no_folder(noise)
+    steps = job.progress(invert(job.sd, prompt, latents, exact=not plain, **job.settings))
+    trip = round_trip(job.sd, prompt, latents, to_pictures(images), steps, **job.settings)
+    text = parameters(job.told(), job.extra, seed=0)
+    write_whole(noise, save({"latents": trip.noise.cpu().contiguous()}, {"parameters": text}))
+    if not options["as_json"]:
+        click.echo(f"latents come back with an error of {trip.error:.1e} of their size")
+        click.echo(f"the picture with {trip.psnr[0]:.2f} dB PSNR; through the VAE alone it has {trip.limit[0]:.2f} dB")
+        click.echo(str(noise))
     found: dict[str, Any] = {
         "error": trip.error,
         "psnr": trip.psnr[0],
         "psnr_of_vae": trip.limit[0],
         "missed": trip.missed,
-        "noise": str(noise_path),
     }
-    write_whole(
-        noise_path, save({"latents": trip.noise.cpu().contiguous()}, {"parameters": job.settings.parameters(0)})
-    )
-    if not job.as_json:
-        print(f"latents come back with an error of {trip.error:.1e} of their size")
-        print(f"the picture with {trip.psnr[0]:.2f} dB PSNR; through the VAE alone it has {trip.limit[0]:.2f} dB")
-        print(noise_path)
-    job.write(trip.pictures, **found)
+    job.write(trip.pictures, **found, noise=str(noise))
 
 
-def edit(*, image: str, new_prompt: str, start: int | None, plain: bool, **options: Any) -> None:
-    """A good start is where colours are still open and shapes no longer: by default after a fifth of the steps."""
-    job, _, latents = prepare_walk_up(image, new_prompt=new_prompt, way="plain" if plain else "exact", **options)
-    start = job.settings.steps // 5 if start is None else start
-    check_start(start, job.settings.steps, latents)
-    job.settings.extra["start"] = start
-    down = edit_steps(job.sd, job.settings.prompt, new_prompt, latents, start=start, exact=not plain, **walking(job))
-    job.write(job.paint(down, job.settings.steps - start))
+@click.command()
+@click.argument("prompt")
+@click.argument("new_prompt")
+@click.argument("image", metavar="PICTURE")
+@options(*INVERSION, "start", "plain")
+def edit(prompt: str, new_prompt: str, image: str, start: int | None, plain: bool, **options: Any) -> None:
+    """Change PICTURE, which shows PROMPT, into NEW_PROMPT: by inversion, so that the rest stays."""
+    from minisd.tasks.inversion import edit
+
+    way = "plain" if plain else "exact"
+    job, _, latents = prepare_inversion(prompt, image, options, new_prompt=new_prompt, way=way)
+    # After a fifth of the steps colours are still open and shapes no longer.
+    start = job.extra["start"] = job.steps // 5 if start is None else start
+    steps = edit(job.sd, prompt, new_prompt, latents, start=start, exact=not plain, **job.settings)
+    job.write(job.run(steps, job.steps - start))
 
 
-def prepare_walk_up(image: str, **options: Any) -> tuple[Job, Tensor, Tensor]:
+def prepare_inversion(
+    prompt: str, image: str, options: dict[str, Any], **extra: Any
+) -> tuple["Job", "Tensor", "Tensor"]:
     """The job, the picture as an image (1, 3, H, W), and its latents."""
+    from minisd.cli.job import Job
+    from minisd.tasks.images import mean_latents, read_picture, to_images
+
     picture = read_picture(image)
-    job = prepare(**options, seed=0, picture=picture)
-    images = to_images([picture], job.settings.height, job.settings.width)
+    job = Job.prepare(prompt, options, picture, **extra)
+    images = to_images([picture], *job.size)
     return job, images, mean_latents(job.sd, images)
 
 
-def walking(job: Job) -> dict[str, Any]:
-    """The settings that a walk up and down shares."""
-    names = ("negative_prompt", "steps", "guidance_scale", "guidance_rescale", "clip_skip")
-    settings = job.denoising()
-    return {name: settings[name] for name in names}
-
-
+@click.command()
+@options("output", "model", "steps", "scheduler", "set", REPORT[0])
 def schedule(
-    *, output: str | None, model: str, steps: int | None, scheduler: str, changes: tuple[str, ...], as_json: bool
+    output: str | None, model: str, steps: int | None, scheduler: str, changes: tuple[str, ...], as_json: bool
 ) -> None:
-    """Text in the terminal, or a PNG, or JSON."""
+    """Show a noise schedule: alpha_bar, SNR, and the timesteps that each spacing visits.
+
+    As text in the terminal, or with -o as a picture.
+    """
+    from minisd.checkpoint.reading import open_checkpoint
+    from minisd.cli.output import png_path, report, write_picture
+    from minisd.tasks.schedule import as_picture, as_text, make_scheduler, read_changes, visited
+
     path = png_path(output) if output else None
     checkpoint = open_checkpoint(model, dtype=None)  # reads the configuration; the weights stay where they are
     steps = steps or checkpoint.generation.get("steps", 50)
     made = make_scheduler(checkpoint.scheduler, scheduler, read_changes(changes))
     told: dict[str, Any] = {"steps": steps, "timesteps": visited(made, steps), "output": str(path) if path else None}
     if path is not None:
-        data = io.BytesIO()
-        as_picture(made, steps).save(data, format="PNG")
-        write_whole(path, data.getvalue())
+        write_picture(path, as_picture(made, steps), format="PNG")
     elif not as_json:
-        print(as_text(made, steps))
+        click.echo(as_text(made, steps))
     report([path] if path else [], {**told, "alphas_cumprod": made.alphas_cumprod.tolist()}, as_json)
 
 
+@click.command()
+@click.argument("prompt")
+@click.argument("to_prompt", required=False)
+@options("gif", "frames", "to-seed", "pictures", "seed", *INVERSION[1:])
 def interpolate(
-    *,
     prompt: str,
     to_prompt: str | None,
-    to_seed: int | None,
     pictures: tuple[str, str] | None,
+    to_seed: int | None,
     frames: int,
-    output: str | None,
     **options: Any,
 ) -> None:
-    """Writes the frames, a strip of them, and a GIF."""
+    """Interpolate from PROMPT to TO_PROMPT, and from one seed, or one picture, to another.
+
+    Writes the frames, all of them in a strip, and a GIF.
+    """
+    from minisd.cli.job import Job
+    from minisd.cli.output import check_no_folder, write_picture
+    from minisd.tasks.images import read_picture
+    from minisd.tasks.interpolation import interpolate, make_strip
+
+    output = options["output"]
     if output is not None and not output.lower().endswith(".gif"):
         raise ValueError(f"{output}: the name must end in .gif (frames and strip are named after it)")
+    options["output"] = None if output is None else str(Path(output).with_suffix(".png"))
     ends = [read_picture(path) for path in pictures or ()]
     if ends:
         options["seed"] = 0  # nothing is drawn
-    png = None if output is None else str(Path(output).with_suffix(".png"))
-    picture = ends[0] if ends else None
-    job = prepare(prompt=prompt, output=png, images=frames, picture=picture, frames=frames, **options)
+    job = Job.prepare(prompt, options, ends[0] if ends else None, frames=frames)
     gif = job.paths.output.with_suffix(".gif")
-    if gif.is_dir():
-        raise ValueError(f"{gif}: is a folder; name a file in it")
-    settings, prompts = walking(job), (prompt, prompt if to_prompt is None else to_prompt)
-    job.settings.extra |= {"to_prompt": to_prompt} if to_prompt is not None else {}
-    if ends:
-        images = to_images(ends, job.settings.height, job.settings.width)
-        up = invert_steps(job.sd, list(prompts), mean_latents(job.sd, images), **settings)
-        *_, top = job.progress(up)
-        noises = top.latents[:1], top.latents[1:]
-    else:
-        seeds = job.settings.seed, job.settings.seed + 1 if to_seed is None else to_seed
-        job.settings.extra["to_seed"] = seeds[1]
-        shape = (1, job.sd.vae.config.latent_channels, *job.sd.latent_size(job.settings.height, job.settings.width))
-        one, other = (job.sd.initial_noise(shape, torch.Generator().manual_seed(seed), None) for seed in seeds)
-        noises = one, other
-    painted = job.paint(interpolate_steps(job.sd, prompts, noises, frames=frames, **settings))
-    data = io.BytesIO()
-    painted[0].save(data, format="GIF", save_all=True, append_images=painted[1:], duration=120, loop=0)
-    write_whole(gif, data.getvalue())
-    job.write(painted, together=make_strip, last=gif, gif=str(gif))
+    check_no_folder(gif)
+    prompts = (prompt, prompt if to_prompt is None else to_prompt)
+    job.extra |= {"to_prompt": to_prompt} if to_prompt is not None else {}
+    noises = inverted(job, prompts, ends) if ends else drawn(job, to_seed)
+    frames_ = job.run(interpolate(job.sd, prompts, noises, frames=frames, **job.settings))
+    write_picture(gif, frames_[0], format="GIF", save_all=True, append_images=frames_[1:], duration=120, loop=0)
+    job.write(frames_, together=make_strip, last=gif, gif=str(gif))
 
 
+def inverted(job: "Job", prompts: tuple[str, str], ends: list[Any]) -> tuple["Tensor", "Tensor"]:
+    """The noise of two pictures."""
+    from minisd.tasks.images import mean_latents, to_images
+    from minisd.tasks.inversion import invert
+
+    images = to_images(ends, *job.size)
+    *_, top = job.progress(invert(job.sd, list(prompts), mean_latents(job.sd, images), **job.settings))
+    return top.latents[:1], top.latents[1:]
+
+
+def drawn(job: "Job", to_seed: int | None) -> tuple["Tensor", "Tensor"]:
+    """The noise of two seeds."""
+    import torch
+
+    seeds = job.seed, job.seed + 1 if to_seed is None else to_seed
+    job.extra["to_seed"] = seeds[1]
+    shape = (1, *job.sd.latent_shape(*job.size))
+    one, other = (job.sd.initial_noise(shape, torch.Generator().manual_seed(seed), None) for seed in seeds)
+    return one, other
+
+
+@click.command()
+@click.argument("prompt")
+@options("output", "and", "weight", "weighted", "colour", "colour-scale", *GENERATION[1:])
 def guide(
-    *,
+    prompt: str,
     others: tuple[str, ...],
     weight: float,
     weighted: bool,
@@ -163,31 +236,29 @@ def guide(
     colour_scale: float,
     **options: Any,
 ) -> None:
+    """Generate from PROMPT under more guidance: other prompts, weighted words, a colour."""
+    from minisd.cli.job import Job
+    from minisd.tasks.guidance import LossGuidance, colour_loss, compose, parse_weights, weighted_context
+
     loss = colour_loss(colour) if colour is not None else None
-    several = [weighted_prompt(other) for other in others]
-    for text in (options["prompt"], options["negative"], *(text for text, _ in several)) if weighted else ():
+    several = [text_and_number(other) for other in others]
+    for text in (prompt, options["negative_prompt"], *(text for text, _ in several)) if weighted else ():
         parse_weights(text)  # before the model is loaded
     extra: dict[str, Any] = {"weighted": True} if weighted else {}
     extra |= {"and": "; ".join(others), "prompt_weight": weight} if others else {}
     extra |= {"colour": colour, "colour_scale": colour_scale} if colour is not None else {}
-    job = prepare(**options, **extra)
-    sd, settings, prompt = job.sd, job.denoising(), job.settings.prompt
+    job = Job.prepare(prompt, options, **extra)
+    sd, settings = job.sd, job.settings
 
-    def read(text: str) -> Texts:
-        return weighted_context(sd, text, job.settings.clip_skip) if weighted else text
+    def read(text: str) -> Any:
+        return weighted_context(sd, text, job.sampling.clip_skip) if weighted else text
 
     predict_noise = compose(sd, [(read(text), w) for text, w in several], weight) if several else sd.predict_noise
     if loss is not None:
-        scheduler = job.settings.scheduler
+        scheduler = job.sampling.scheduler
         predict_noise = LossGuidance(sd, loss, scale=colour_scale, scheduler=scheduler, predict_noise=predict_noise)
-    settings["negative_prompt"] = read(job.settings.negative)
-    job.write(job.paint(sd.denoise(read(prompt), **settings, predict_noise=predict_noise)))
+    settings |= {"negative_prompt": read(options["negative_prompt"]), "predict_noise": predict_noise}
+    job.write(job.run(sd.denoise(read(prompt), **settings)))
 
 
-def weighted_prompt(text: str) -> tuple[str, float]:
-    """ "blue circle:0.5" -> ("blue circle", 0.5); without a number the weight is 1."""
-    words, colon, number = text.rpartition(":")
-    try:
-        return (words, float(number)) if colon else (text, 1.0)
-    except ValueError:
-        return text, 1.0
+COMMANDS = (generate, img2img, inpaint, invert, edit, schedule, interpolate, guide)

@@ -1,4 +1,4 @@
-"""The parity lab's commands: parity, trace, taps. Only click is imported here; `minisd/cli.py` takes them in."""
+"""The parity lab's commands: parity, trace, taps. Only click is imported here."""
 
 import json
 import sys
@@ -252,3 +252,6 @@ def config_of(model: str) -> Any:
     from minisd.checkpoint.reading import open_checkpoint
 
     return open_checkpoint(model, dtype=torch.float32).config
+
+
+COMMANDS = (parity, trace, taps)

@@ -1,4 +1,4 @@
-"""The workbench's commands. Only click is imported here; `minisd/cli.py` takes them in."""
+"""The workbench's commands. Only click is imported here."""
 
 import io
 import json
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from minisd.checkpoint.textfiles import write_whole
+from minisd.cli.options import text_and_number
 
 if TYPE_CHECKING:
     from minisd.lab.weights.convert import Job
@@ -132,7 +133,6 @@ def merge(
     """Mix the model B into A and write TARGET; or only give A another component, or LoRAs."""
     import torch
 
-    from minisd.adapters import path_and_scale
     from minisd.lab.weights.merge import prepare
 
     if len(sources) > 2:
@@ -143,7 +143,7 @@ def merge(
         target,
         blocks=numbers(blocks) if blocks is not None else None,
         take=components_and_paths(take),
-        loras=[path_and_scale(text) for text in loras],
+        loras=[text_and_number(text) for text in loras],
         dtype=getattr(torch, dtype) if dtype else None,
         **settings,
     )
@@ -206,3 +206,6 @@ def selftest(device: str, dtype: str, as_json: bool) -> int:
     from minisd.lab.selftest import run
 
     return run(device, dtype, as_json)
+
+
+COMMANDS = (inspect, keys, convert, diff, merge, selftest)

@@ -5,6 +5,7 @@ What a pipeline does with a prompt is in `pipelines.py`.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import warnings
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from minisd.checkpoint.building import build, read_tokenizer, usable_device
@@ -24,7 +26,7 @@ from minisd.diffusers.models import SCHEDULERS, AutoencoderKL, SavesMemory, Unco
 from minisd.diffusers.refusing import NotCoveredError, accept, missing, parameters
 from minisd.diffusers.text import CLIPTextModel, CLIPTokenizer
 from minisd.pipeline import StableDiffusion
-from minisd.schedulers import Scheduler, SchedulerConfig
+from minisd.schedulers import Scheduler, SchedulerConfig, StepResult
 
 if TYPE_CHECKING:
     from typing import Self
@@ -139,13 +141,8 @@ class Assembly(SavesMemory):
         neutral = {"safe_serialization": (True,), "variant": (None,), "push_to_hub": (False,)}
         accept(f"{type(self).__name__}.save_pretrained", others, neutral, ["save_directory"])
         name = self.scheduler.name if isinstance(self.scheduler, UncoveredScheduler) else type(self.scheduler).__name__
-        core = StableDiffusion(
-            self.text_encoder.core,
-            self.unet.core,
-            self.vae.core,
-            self.tokenizer.core,
-            scheduler={**self.scheduler.config, "_class_name": name},
-        )
+        core = self._core()
+        core.scheduler_config["_class_name"] = name
         core.save(save_directory)
         index = Path(os.path.expanduser(save_directory), "model_index.json")
         kinds = {"_class_name": type(self).__name__, "scheduler": ["diffusers", name]}
@@ -157,6 +154,14 @@ class Assembly(SavesMemory):
     def components(self) -> dict[str, Any]:
         """The parts by name, and None for what diffusers' pipelines may have besides."""
         return {name: getattr(self, name) for name in (*PARTS, *ABSENT)}
+
+    def _core(self) -> StableDiffusion:
+        """minisd's pipeline of these parts: the loop and the tasks run on it."""
+        networks = self.text_encoder.core, self.unet.core, self.vae.core
+        return StableDiffusion(*networks, self.tokenizer.core, scheduler=self.scheduler.config)
+
+    def _loop_scheduler(self) -> Any:
+        return self.scheduler if isinstance(self.scheduler, Scheduler) else ForeignScheduler(self.scheduler)
 
     @property
     def safety_checker(self) -> None:
@@ -210,6 +215,29 @@ class Assembly(SavesMemory):
 
     def __getattr__(self, name: str) -> Any:
         raise missing(self, name)
+
+
+class ForeignScheduler:
+    """A scheduler object of another make, which the sampling loop calls as it calls minisd's."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+
+    def __len__(self) -> int:
+        return len(self.scheduler)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.scheduler, name)
+
+    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, **given: Any) -> StepResult:
+        result = self.scheduler.step(model_output, timestep, sample, **step_arguments(self.scheduler, **given))
+        return StepResult(result.prev_sample, getattr(result, "pred_original_sample", result.prev_sample))
+
+
+def step_arguments(scheduler: Any, **given: Any) -> dict[str, Any]:
+    """Of the arguments given, those that this scheduler's `step` takes."""
+    known = inspect.signature(scheduler.step).parameters
+    return {name: value for name, value in given.items() if name in known}
 
 
 def loaded(checkpoint: Checkpoint, dtype: torch.dtype | None, given: Mapping[str, Any]) -> dict[str, Any]:

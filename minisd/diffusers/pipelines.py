@@ -1,14 +1,13 @@
-"""diffusers' three pipelines over minisd's modules: text to picture, picture to picture, and painting into a mask.
+"""diffusers' three pipelines over minisd's: text to image, image to image, inpainting.
 
-One loop, `_denoise`, serves all three; they differ in where it starts, and painting into a mask also in two small
-methods that the loop calls. `minisd/pipeline.py` is the same algorithm as a walk for readers; this file is for
-programs: it has diffusers' arguments, and diffusers' order of drawing random numbers.
+What is here is translation: diffusers' arguments, its rules for pairing prompts with images, its order of drawing
+random numbers, its callbacks. The sampling loop is `StableDiffusion.denoise`; what image to image and inpainting do
+before and after a step is in `minisd/tasks`.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -16,12 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minisd.diffusers.assembly import Assembly
+from minisd.diffusers.assembly import Assembly, step_arguments
 from minisd.diffusers.images import VaeImageProcessor, check_output_type
 from minisd.diffusers.models import Output
 from minisd.diffusers.refusing import NotCoveredError, accept, parameters, shortened
 from minisd.noise import Generators, draw_noise
-from minisd.pipeline import rescale_guidance
+from minisd.pipeline import guide
+from minisd.sampling import Sampling, Step
+from minisd.tasks.image_to_image import denoise_from
+from minisd.tasks.inpainting import Region, denoise_region
 
 # Arguments of a call that do nothing here, and the values at which they do nothing in diffusers.
 IDLE: dict[str, tuple[Any, ...]] = {
@@ -156,8 +158,8 @@ class StableDiffusionPipeline(Assembly):
         positive, negative = self.encode_prompt(*args, **kwargs)
         return positive if negative is None else torch.cat([negative, positive])
 
-    def _context(self, prompt: str | list[str] | None, asked: Asked) -> tuple[Tensor, Tensor | None]:
-        """What the UNet is told, (2B, T, D) with guidance, and the negative prompts alone."""
+    def _encoded(self, prompt: str | list[str] | None, asked: Asked) -> dict[str, Any]:
+        """What callbacks may change: the UNet's context, (2B, T, D) with guidance, and the negative prompts alone."""
         positive, negative = self.encode_prompt(
             prompt,
             self.device,
@@ -168,12 +170,11 @@ class StableDiffusionPipeline(Assembly):
             asked.negative_prompt_embeds,
             clip_skip=asked.clip_skip,
         )
-        if self.do_classifier_free_guidance:
-            assert negative is not None
-            return torch.cat([negative, positive]), negative
-        return positive, negative
+        guided = self.do_classifier_free_guidance and negative is not None
+        context = torch.cat([negative, positive]) if guided else positive  # type: ignore[list-item]
+        return {"prompt_embeds": context, "negative_prompt_embeds": negative}
 
-    # ------------------------------------------------ the walk
+    # ------------------------------------------------ the call
 
     @torch.no_grad()
     def __call__(
@@ -196,25 +197,29 @@ class StableDiffusionPipeline(Assembly):
         self._guidance_rescale = guidance_rescale
         if not height or not width:  # one alone is ignored, as in diffusers
             height, width = self._own_size(), self._own_size()
-        context, negative = self._context(prompt, asked)
-        timesteps = self._timesteps(num_inference_steps)
-        channels = self.unet.config.in_channels
-        x = self.prepare_latents(batch, channels, height, width, context.dtype, self.device, asked.generator, latents)
-        state = {"latents": x, "prompt_embeds": context, "negative_prompt_embeds": negative}
-        return self._finish(self._denoise(state, timesteps, asked), asked)
+        state = self._encoded(prompt, asked)
+        self._first_step(num_inference_steps)
+        channels, dtype = self.unet.config.in_channels, state["prompt_embeds"].dtype
+        x = self.prepare_latents(batch, channels, height, width, dtype, self.device, asked.generator, latents)
+        sampling = self._sampling(num_inference_steps, x, asked, state)
+        steps = self._core().denoise(state["prompt_embeds"][-batch:], sampling, latents=x, start=0)
+        return self._finish(self._run(steps, 0, state, asked), asked)
 
     def _own_size(self) -> int:
         return self.unet.config.sample_size * self.vae_scale_factor
 
-    def _timesteps(self, steps: int, strength: float = 1.0) -> Tensor:
-        """The last part of the scheduler's timesteps, `strength` of them, (N,). Raises ValueError for none at all."""
+    def _first_step(self, steps: int, strength: float = 1.0) -> int:
+        """Set the scheduler's timesteps; the index of the first of them to take, for the last `strength` of the steps.
+
+        Raises ValueError for no step at all.
+        """
         if not 0 <= strength <= 1:
             raise ValueError(f"strength={strength}: must be from 0 to 1")
         self.scheduler.set_timesteps(steps, device=self.device)
         taken = min(int(steps * strength), steps)
         if taken < 1:
             raise ValueError(f"strength={strength} of num_inference_steps={steps} leaves no step to take")
-        return self.scheduler.timesteps[steps - taken :]
+        return steps - taken
 
     def prepare_latents(
         self,
@@ -240,42 +245,47 @@ class StableDiffusionPipeline(Assembly):
 
     def prepare_extra_step_kwargs(self, generator: Generators, eta: float) -> dict[str, Any]:
         """Of the two, those that this scheduler's `step` takes."""
-        known = inspect.signature(self.scheduler.step).parameters
-        return {name: value for name, value in {"eta": eta, "generator": generator}.items() if name in known}
+        return step_arguments(self.scheduler, eta=eta, generator=generator)
 
-    def _denoise(self, state: dict[str, Any], timesteps: Tensor, asked: Asked) -> Tensor:
-        """The sampling loop: `state["latents"]` (B, 4, H/8, W/8) from noise to what the VAE decodes."""
-        extra = self.prepare_extra_step_kwargs(asked.generator, asked.eta)
+    def _sampling(self, steps: int, latents: Tensor, asked: Asked, state: dict[str, Any]) -> Sampling:
+        """The call's arguments as minisd's. Guidance is in `predict_noise`: callbacks may change all that it reads."""
+
+        def predict_noise(x: Tensor, t: Tensor, *_: Any) -> Tensor:
+            guided = self.do_classifier_free_guidance
+            x = torch.cat([x, x]) if guided else x
+            eps = self.unet(x, t, encoder_hidden_states=state["prompt_embeds"], return_dict=False)[0]
+            if not guided:
+                return eps
+            negative, positive = eps.chunk(2)
+            return guide(negative, positive, self._guidance_scale, self._guidance_rescale)
+
+        height, width = (side * self.vae_scale_factor for side in latents.shape[2:])
+        return Sampling(
+            steps=steps,
+            guidance_scale=1.0,
+            height=height,
+            width=width,
+            generator=asked.generator,
+            scheduler=self._loop_scheduler(),
+            eta=asked.eta,
+            predict_noise=predict_noise,
+        )
+
+    def _run(self, steps: Iterator[Step], start: int, state: dict[str, Any], asked: Asked) -> Tensor:
+        """Run the loop from step `start` to its end, or until a callback interrupts: the latents."""
+        timesteps = self.scheduler.timesteps[start:]
         self._num_timesteps = len(timesteps)
-        for index, t in enumerate(self.progress_bar(timesteps)):
-            if self._interrupt:  # set by a callback: nothing more happens, as in diffusers
-                continue
-            eps = self._predict_noise(state, t)
-            x = self.scheduler.step(eps, t, state["latents"], **extra, return_dict=False)[0]
-            following = timesteps[index + 1 : index + 2]
-            state["latents"] = self._after_step(x, following, state)
-            if asked.callback_on_step_end is not None:
-                self._call_back(asked, index, t, state)
+        with self.progress_bar(total=len(timesteps)) as bar:
+            for step in steps:
+                state["latents"] = step.latents
+                if asked.callback_on_step_end is not None:
+                    index = step.index - start
+                    self._call_back(asked, index, timesteps[index], state)
+                    step.latents = state["latents"]
+                bar.update()
+                if self._interrupt:
+                    break
         return state["latents"]
-
-    def _predict_noise(self, state: dict[str, Any], t: Tensor) -> Tensor:
-        """The UNet's answer, guided: as `StableDiffusion.predict_noise`, but callbacks may change everything."""
-        guided = self.do_classifier_free_guidance
-        x = torch.cat([state["latents"]] * 2) if guided else state["latents"]
-        x = self._unet_input(self.scheduler.scale_model_input(x, t), state)
-        eps = self.unet(x, t, encoder_hidden_states=state["prompt_embeds"], return_dict=False)[0]
-        if not guided:
-            return eps
-        negative, positive = eps.chunk(2)
-        eps = negative + self._guidance_scale * (positive - negative)
-        return rescale_guidance(eps, positive, self._guidance_rescale) if self._guidance_rescale > 0 else eps
-
-    def _unet_input(self, x: Tensor, state: dict[str, Any]) -> Tensor:
-        return x
-
-    def _after_step(self, x: Tensor, following: Tensor, state: dict[str, Any]) -> Tensor:
-        """`following` is the next timestep, (1,), or (0,) after the last."""
-        return x
 
     def _call_back(self, asked: Asked, index: int, t: Tensor, state: dict[str, Any]) -> None:
         """Show the program the tensors it asked for, and take what it changed."""
@@ -332,14 +342,15 @@ class StableDiffusionImg2ImgPipeline(StableDiffusionPipeline):
         are those of `Asked`. Raises ValueError for impossible settings and NotCoveredError for unknown ones.
         """
         asked, batch = self._understand(prompt, settings)
-        context, negative = self._context(prompt, asked)
+        state = self._encoded(prompt, asked)
+        context = state["prompt_embeds"]
         pixels = self.image_processor.preprocess(image).to(device=self.device, dtype=context.dtype)
-        timesteps = self._timesteps(num_inference_steps, strength)
+        start = self._first_step(num_inference_steps, strength)
         clean = self._clean_latents(pixels, batch, asked.generator)
         noise = draw_noise(clean.shape, asked.generator, self.device, context.dtype)
-        x = self.scheduler.add_noise(clean, noise, timesteps[:1].repeat(batch))
-        state = {"latents": x, "prompt_embeds": context, "negative_prompt_embeds": negative}
-        return self._finish(self._denoise(state, timesteps, asked), asked)
+        sampling = self._sampling(num_inference_steps, clean, asked, state)
+        steps = denoise_from(self._core(), context[-batch:], clean, noise, sampling, start)
+        return self._finish(self._run(steps, start, state, asked), asked)
 
     def _clean_latents(self, pixels: Tensor, batch: int, generator: Generators) -> Tensor:
         """The pictures' latents (B, 4, H/8, W/8), repeated to the batch; what has four channels is that already."""
@@ -390,49 +401,43 @@ class StableDiffusionInpaintPipeline(StableDiffusionPipeline):
             raise ValueError(f"this UNet takes {channels} channels: painting into a mask takes 4 or 9")
         asked, batch = self._understand(prompt, settings)
         height, width = height or self._own_size(), width or self._own_size()
-        context, negative = self._context(prompt, asked)
-        timesteps = self._timesteps(num_inference_steps, strength)
+        state = self._encoded(prompt, asked)
+        context, generator = state["prompt_embeds"], asked.generator
+        start = self._first_step(num_inference_steps, strength)
         shape = self._latent_shape(batch, self.vae.config.latent_channels, height, width)
         pixels = self.image_processor.preprocess(image, height, width).float()
         mask = self.mask_processor.preprocess(mask_image, height, width)
         small = enough("mask_image", F.interpolate(mask, size=shape[2:]).to(self.device, context.dtype), batch)
 
-        # Random numbers in diffusers' order: the picture's latents, noise, the masked picture's latents.
-        start = timesteps[:1].repeat(batch) if strength < 1 and latents is None else None
+        # Random numbers in diffusers' order: the image's latents, noise, the masked image's latents.
+        noised = strength < 1 and latents is None
         clean = None
-        if channels == 4 or start is not None:
-            clean = repeated("image", self._to_latents(pixels, context.dtype, asked.generator), batch)
-        noise = draw_noise(shape, asked.generator, self.device, context.dtype) if latents is None else latents
+        if channels == 4 or noised:
+            clean = repeated("image", self._to_latents(pixels, context.dtype, generator), batch)
+        noise = draw_noise(shape, generator, self.device, context.dtype) if latents is None else latents.to(self.device)
         visible = pixels * (mask < 0.5) if masked_image_latents is None else masked_image_latents
-        visible = enough("image", self._to_latents(visible, context.dtype, asked.generator), batch)
+        visible = enough("image", self._to_latents(visible, context.dtype, generator), batch)
 
-        noise = noise.to(self.device)
-        x = noise * self.scheduler.init_noise_sigma if start is None else self.scheduler.add_noise(clean, noise, start)
-        twice = 2 if self.do_classifier_free_guidance else 1
-        state = {"latents": x, "prompt_embeds": context, "negative_prompt_embeds": negative}
-        state |= {"mask": torch.cat([small] * twice), "masked_image_latents": torch.cat([visible] * twice)}
-        return self._finish(self._denoise(state | {"clean": clean, "noise": noise}, timesteps, asked), asked)
+        region, sampling = (
+            Region(small, clean, noise, visible),
+            self._sampling(num_inference_steps, noise, asked, state),
+        )
+        steps = denoise_region(self._core(), context[-batch:], region, sampling, start, noised=noised)
+        return self._finish(self._run(self._shared(steps, region, state), start, state, asked), asked)
+
+    def _shared(self, steps: Iterator[Step], region: Region, state: dict[str, Any]) -> Iterator[Step]:
+        """The same steps; the region's mask and masked image are among what callbacks see, as in the UNet's batch."""
+        copies = 2 if self.do_classifier_free_guidance else 1
+        state |= {"mask": torch.cat([region.mask] * copies)}
+        state |= {"masked_image_latents": torch.cat([region.outside] * copies)}
+        for step in steps:
+            yield step
+            region.mask, region.outside = (state[name].chunk(copies)[0] for name in ("mask", "masked_image_latents"))
 
     def _to_latents(self, pixels: Tensor, dtype: torch.dtype, generator: Generators) -> Tensor:
         """Pictures -> scaled latents; what has four channels is that already."""
         pixels = pixels.to(device=self.device, dtype=dtype)
         return pixels if pixels.shape[1] == 4 else self._encode_images(pixels, generator)
-
-    def _unet_input(self, x: Tensor, state: dict[str, Any]) -> Tensor:
-        """(B, 4, H/8, W/8) -> (B, 9, H/8, W/8) for a UNet that looks at mask and picture."""
-        if self.unet.config.in_channels == 4:
-            return x
-        return torch.cat([x, state["mask"], state["masked_image_latents"]], dim=1)
-
-    def _after_step(self, x: Tensor, following: Tensor, state: dict[str, Any]) -> Tensor:
-        """Put back what is outside the mask, as noisy as the next step expects it."""
-        if self.unet.config.in_channels != 4:
-            return x
-        mask = state["mask"].chunk(2)[0] if self.do_classifier_free_guidance else state["mask"]
-        outside = state["clean"]
-        if len(following):
-            outside = self.scheduler.add_noise(outside, state["noise"], following)
-        return (1 - mask) * outside + mask * x
 
 
 # ---------------------------------------------------- small helpers

@@ -15,7 +15,11 @@ from minisd.schedulers.ddim import DDIMInverseScheduler, DDIMScheduler
 from minisd.schedulers.ddpm import DDPMScheduler
 from minisd.schedulers.settings import SchedulerConfig
 
+# By the names that people use, for `Sampling.scheduler` and `--scheduler`.
+SCHEDULERS: dict[str, type[Scheduler]] = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}
+
 __all__ = [
+    "SCHEDULERS",
     "DDIMInverseScheduler",
     "DDIMScheduler",
     "DDPMScheduler",

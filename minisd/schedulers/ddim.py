@@ -113,7 +113,14 @@ class DDIMInverseScheduler(Scheduler):
         self.timesteps = self.timesteps.flip(0)
 
     def step(
-        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        return_dict: bool = True,
+        *,
+        eta: float = 0.0,
+        generator: Generators = None,
     ) -> StepResult:
         """One step up: to the noise level of `timestep`, from the one T // N below, where `sample` is.
 

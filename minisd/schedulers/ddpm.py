@@ -90,6 +90,8 @@ class DDPMScheduler(ThresholdingScheduler):
         sample: Tensor,
         generator: Generators = None,
         return_dict: bool = True,
+        *,
+        eta: float = 0.0,
     ) -> StepResult:
         """One step of algorithm 2: from x_t to the next timestep in `timesteps`.
 

@@ -9,7 +9,7 @@ from minisd.tasks.image_to_image import image_to_image
 from minisd.tasks.images import encode_pictures, finish, mean_latents, psnr, read_picture, to_images
 from minisd.tasks.inpainting import inpaint
 from minisd.tasks.interpolation import interpolate, slerp
-from minisd.tasks.inversion import edit, invert, round_trip, walk_down
+from minisd.tasks.inversion import edit, invert, reconstruct, round_trip
 
 __all__ = [
     "LossGuidance",
@@ -25,9 +25,9 @@ __all__ = [
     "mean_latents",
     "psnr",
     "read_picture",
+    "reconstruct",
     "round_trip",
     "slerp",
     "to_images",
-    "walk_down",
     "weighted_context",
 ]

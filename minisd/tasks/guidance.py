@@ -16,10 +16,8 @@ from PIL import ImageColor
 from torch import Tensor
 
 from minisd.pipeline import StableDiffusion, rescale_guidance
+from minisd.sampling import PredictNoise, Texts
 from minisd.schedulers import Scheduler, equations
-from minisd.settings import Texts
-
-PredictNoise = Callable[..., Tensor]
 
 # ------------------------------------------------ several prompts
 
@@ -32,7 +30,7 @@ def compose(sd: StableDiffusion, others: Sequence[tuple[Texts, float]], weight: 
     up to about 1; without guidance (a scale up to 1) there is nothing to compose, which is a ValueError.
     """
     with torch.no_grad():
-        contexts = [sd.encode_prompt([text] if isinstance(text, str) else text, None) for text, _ in others]
+        contexts = [sd.encode_prompt(text, None) for text, _ in others]
     weights = [weight, *(weight for _, weight in others)]
 
     def predict_noise(x: Tensor, t: Tensor, context: Tensor, guidance_scale: float, rescale: float = 0.0) -> Tensor:

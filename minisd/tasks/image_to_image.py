@@ -1,63 +1,57 @@
-"""Image to image: begin not with pure noise, but with a picture that is drowned in noise only so far.
+"""Image to image, SDEdit: noise the encoded image to an intermediate timestep, and denoise from there.
 
-SDEdit (Meng et al. 2021, arXiv:2108.01073). In: a picture and a prompt. Out: the steps of `denoise`.
+Meng et al. 2021, arXiv:2108.01073. In: an image and a prompt. Out: the steps of `denoise`.
 
-    picture --VAE--> z --add noise of step `start`--> x_start --denoise from there--> x_0
+    image --VAE encoder--> z --add_noise at step `start`--> x_start --denoise from there--> x_0
 """
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from minisd.noise import Generators, draw_noise
-from minisd.pipeline import StableDiffusion, Step
-from minisd.schedulers import Scheduler
-from minisd.settings import Texts, list_of_texts, one_source
+from torch import Tensor
+
+from minisd.noise import draw_noise
+from minisd.pipeline import StableDiffusion
+from minisd.sampling import Sampling, Step, Texts, list_of_texts
 from minisd.tasks.images import Pictures, as_list, encode_pictures, fitting_size, to_images
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from minisd.sampling import Settings
 
 
 def image_to_image(
-    sd: StableDiffusion,
-    prompt: Texts,
-    image: Pictures,
-    *,
-    strength: float = 0.8,
-    steps: int = 50,
-    height: int | None = None,
-    width: int | None = None,
-    seed: int | None = None,
-    generator: Generators = None,
-    scheduler: Scheduler | str | None = None,
-    images_per_prompt: int = 1,
-    **settings: Any,
+    sd: StableDiffusion, prompt: Texts, image: Pictures, *, strength: float = 0.8, **settings: "Unpack[Settings]"
 ) -> Iterator[Step]:
-    """Repaint `image` (one, or one for each prompt) as `prompt` says, one `Step` at a time.
+    """Change `image` (one, or one for each prompt) into what `prompt` says, one `Step` at a time.
 
-    `strength`: how much of the way from noise is gone, above 0 (hardly any) to 1 (all of it: little of the picture is
-    left). Of `steps` it takes the last strength * steps. `height`, `width`: the picture's own, unless given. The rest
-    are `denoise`'s settings. The same numbers as diffusers' StableDiffusionImg2ImgPipeline, with one intended
-    exception: several prompts times several pictures each stay together, where diffusers pairs them crosswise. Raises
-    ValueError for a setting that is impossible.
+    `strength`: up to which noise level, above 0 (hardly any noise) to 1 (nothing but noise, nearly): the last
+    strength * steps of the steps are taken. `settings` are those of `denoise`; `height`, `width` are the image's own
+    unless given. The same numbers as diffusers' StableDiffusionImg2ImgPipeline, with one intended exception: several
+    prompts times several images each stay together, where diffusers pairs them crosswise. Raises ValueError for a
+    setting that is impossible.
     """
-    pictures, generator = as_list(image), one_source(seed, generator)
-    height, width = fitting_size(sd, pictures[0], height, width)
-    count = len(list_of_texts("prompt", prompt)) * images_per_prompt
-    sampler, start = sd.make_scheduler(scheduler), first_step(steps, strength)
-    sampler.set_timesteps(steps, device=sd.device)
+    sampling, pictures = Sampling(**settings).with_generator(), as_list(image)
+    steps, _ = sampling.steps_and_scale(sd.generation)
+    start = first_step(steps, strength)
+    height, width = fitting_size(sd, pictures[0], sampling.height, sampling.width)
+    sampling = replace(sampling, steps=steps, height=height, width=width)
+    count = len(list_of_texts("prompt", prompt)) * sampling.images_per_prompt
 
-    z = encode_pictures(sd, to_images(pictures, height, width), count, generator)
-    noise = draw_noise(z.shape, generator, sd.device, sd.dtype)
-    yield from sd.denoise(
-        prompt,
-        latents=sampler.add_noise(z, noise, sampler.timesteps[start]),
-        start=start,
-        steps=steps,
-        height=height,
-        width=width,
-        generator=generator,
-        scheduler=sampler,
-        images_per_prompt=images_per_prompt,
-        **settings,
-    )
+    z = encode_pictures(sd, to_images(pictures, height, width), count, sampling.generator)
+    noise = draw_noise(z.shape, sampling.generator, sd.device, sd.dtype)
+    return denoise_from(sd, prompt, z, noise, sampling, start)
+
+
+def denoise_from(
+    sd: StableDiffusion, prompt: Texts, z: Tensor, noise: Tensor, sampling: Sampling, start: int
+) -> Iterator[Step]:
+    """Add `noise` to scaled clean latents z (B, 4, H/8, W/8), as much as step `start` expects; denoise from there."""
+    scheduler = sd.make_scheduler(sampling.scheduler, sampling.steps)
+    x = scheduler.add_noise(z, noise, scheduler.timesteps[start])
+    return sd.denoise(prompt, sampling, latents=x, start=start, scheduler=scheduler)
 
 
 def first_step(steps: int, strength: float) -> int:

@@ -14,7 +14,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from minisd.noise import Generators
-from minisd.pipeline import StableDiffusion, Step, to_pictures
+from minisd.pipeline import StableDiffusion, to_pictures
+from minisd.sampling import Step
 
 Pictures = Image.Image | Sequence[Image.Image]
 
@@ -49,7 +50,7 @@ def fitting_size(
     height, width = height or picture.height // factor * factor, width or picture.width // factor * factor
     if not height or not width:
         raise ValueError(f"image: {picture.width}x{picture.height} pixels are too few; give height and width")
-    sd.latent_size(height, width)
+    sd.latent_shape(height, width)
     return height, width
 
 
@@ -89,11 +90,23 @@ def mean_latents(sd: StableDiffusion, images: Tensor) -> Tensor:
     return sd.vae.scaling_factor * sd.vae.encode(images.to(sd.device, sd.dtype)).mode()
 
 
+def size_of(sd: StableDiffusion, latents: Tensor) -> tuple[int, int]:
+    """The height and width, in pixels, of what latents (B, 4, H/8, W/8) decode to."""
+    height, width = (size * sd.vae.config.downsampling for size in latents.shape[2:])
+    return height, width
+
+
+@torch.no_grad()
+def decoded(sd: StableDiffusion, latents: Tensor) -> list[Image.Image]:
+    """Scaled latents (B, 4, H/8, W/8) -> images."""
+    return to_pictures(sd.decode(latents))
+
+
 @torch.no_grad()
 def finish(sd: StableDiffusion, steps: Iterable[Step]) -> list[Image.Image]:
-    """Walk to the last step, and decode it: finish(sd, image_to_image(sd, "sun", picture)) -> pictures."""
+    """Run the loop to its last step, and decode: finish(sd, image_to_image(sd, "sun", picture)) -> images."""
     *_, last = steps
-    return to_pictures(sd.decode(last.latents))
+    return decoded(sd, last.latents)
 
 
 def psnr(one: Image.Image, other: Image.Image) -> float:

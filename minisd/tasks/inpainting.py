@@ -1,15 +1,16 @@
-"""Inpainting: paint anew what a mask covers, and leave the rest of the picture alone.
+"""Inpainting: generate what a mask covers, and leave the rest of the image alone.
 
-In: a picture, a mask (white: paint here), a prompt. Out: the steps of `denoise`. Two ways, chosen by the checkpoint:
+In: an image, a mask (white: generate here), a prompt. Out: the steps of `denoise`. Two ways, chosen by the checkpoint:
 
     4 channels, any model:         after each step put back what is known, at the noise level of that step
-                                   (RePaint without its jumps, Lugmayr et al. 2022, arXiv:2201.09865)
-    9 channels, inpainting model:  it sees the mask and the rest of the picture beside the noisy latents
-                                   (Rombach et al. 2022, section 4.5)
+                                   (RePaint without its resampling jumps, Lugmayr et al. 2022, arXiv:2201.09865)
+    9 channels, inpainting model:  the UNet's input is latents, mask and the masked image's latents, concatenated along
+                                   the channels (Rombach et al. 2022, arXiv:2112.10752, section 4.5)
 """
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,12 +18,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from minisd.noise import Generators, draw_noise
-from minisd.pipeline import StableDiffusion, Step
-from minisd.schedulers import Scheduler
-from minisd.settings import Texts, list_of_texts, one_source
+from minisd.noise import draw_noise
+from minisd.pipeline import StableDiffusion
+from minisd.sampling import Sampling, Step, Texts, list_of_texts
 from minisd.tasks.image_to_image import first_step
 from minisd.tasks.images import Pictures, as_list, encode_pictures, fitting_size, to_images
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from minisd.sampling import Settings
 
 
 def inpaint(
@@ -32,71 +37,88 @@ def inpaint(
     mask: Pictures,
     *,
     strength: float = 1.0,
-    steps: int = 50,
-    height: int | None = None,
-    width: int | None = None,
-    seed: int | None = None,
-    generator: Generators = None,
-    scheduler: Scheduler | str | None = None,
-    images_per_prompt: int = 1,
-    **settings: Any,
+    **settings: "Unpack[Settings]",
 ) -> Iterator[Step]:
-    """Paint `prompt` where `mask` is white (at least half bright), one `Step` at a time.
+    """Generate `prompt` where `mask` is white (at least half bright), one `Step` at a time.
 
-    `image` and `mask`: one, or one for each prompt, all of one size. `strength` below 1 begins with the picture's own
-    content under the mask; `height`, `width`: the picture's own, unless given. The rest are `denoise`'s settings.
+    `image` and `mask`: one, or one for each prompt, all of one size. `strength` below 1 begins with the image's own
+    content under the mask. `settings` are those of `denoise`; `height`, `width` are the image's own unless given.
 
     The same numbers as diffusers' StableDiffusionInpaintPipeline, with two intended exceptions: several prompts times
-    several pictures each stay together, where diffusers pairs them crosswise; and given a list of generators each
-    picture draws from its own only, where diffusers draws one picture's latents from the first. Raises ValueError for
+    several images each stay together, where diffusers pairs them crosswise; and given a list of generators each
+    image draws from its own only, where diffusers draws one image's latents from the first. Raises ValueError for
     a setting that is impossible, and for a checkpoint that can do neither way.
     """
-    own_channels, latent_channels = sd.unet.config.in_channels, sd.vae.config.latent_channels
-    if own_channels not in (latent_channels, 2 * latent_channels + 1):
-        raise ValueError(f"this UNet takes {own_channels} channels: inpainting needs 4, or the 9 of inpainting models")
-    sees_mask = own_channels != latent_channels
-    pictures, generator = as_list(image), one_source(seed, generator)
-    height, width = fitting_size(sd, pictures[0], height, width)
-    count = len(list_of_texts("prompt", prompt)) * images_per_prompt
-    sampler, start = sd.make_scheduler(scheduler), first_step(steps, strength)
-    sampler.set_timesteps(steps, device=sd.device)
+    sampling, pictures, nine = Sampling(**settings).with_generator(), as_list(image), sees_mask(sd)
+    steps, _ = sampling.steps_and_scale(sd.generation)
+    start, generator = first_step(steps, strength), sampling.generator
+    height, width = fitting_size(sd, pictures[0], sampling.height, sampling.width)
+    sampling = replace(sampling, steps=steps, height=height, width=width)
+    count = len(list_of_texts("prompt", prompt)) * sampling.images_per_prompt
+    channels, *size = sd.latent_shape(height, width)
 
     images, pixels = to_images(pictures, height, width), to_mask(as_list(mask), pictures, height, width)
-    holes = F.interpolate(pixels, size=sd.latent_size(height, width)).to(sd.device, sd.dtype)  # (n, 1, H/8, W/8)
+    holes = F.interpolate(pixels, size=size).to(sd.device, sd.dtype)  # (n, 1, H/8, W/8)
     holes = holes.repeat_interleave(count // len(holes), dim=0)
-    shape = torch.Size((count, latent_channels, *holes.shape[2:]))
 
-    # Three draws, in the order that diffusers makes them: the picture, the noise, the picture without the hole.
-    z = encode_pictures(sd, images, count, generator).contiguous() if strength < 1 or not sees_mask else None
-    noise = draw_noise(shape, generator, sd.device, sd.dtype)
+    # Three draws, in the order that diffusers makes them: the image, the noise, the image without the masked part.
+    z = encode_pictures(sd, images, count, generator).contiguous() if strength < 1 or not nine else None
+    noise = draw_noise(torch.Size((count, channels, *size)), generator, sd.device, sd.dtype)
     # The last is drawn in any case: the noise of later steps depends on how much was drawn before.
-    z_outside = encode_pictures(sd, images * (pixels < 0.5), count, generator)
+    outside = encode_pictures(sd, images * (pixels < 0.5), count, generator)
+    return denoise_region(sd, prompt, Region(holes, z, noise, outside), sampling, start, noised=strength < 1)
+
+
+@dataclass
+class Region:
+    """What inpainting knows, as latents. A consumer of the steps may assign other tensors while the loop runs."""
+
+    mask: Tensor  # (B, 1, H/8, W/8), 1 where to generate
+    known: Tensor | None  # (B, 4, H/8, W/8), the image, scaled; may be None for nine channels from pure noise
+    noise: Tensor  # (B, 4, H/8, W/8), of unit variance
+    outside: Tensor  # (B, 4, H/8, W/8), the image without its masked part, scaled; for nine channels
+
+
+def denoise_region(
+    sd: StableDiffusion, prompt: Texts, region: Region, sampling: Sampling, start: int, *, noised: bool
+) -> Iterator[Step]:
+    """The steps of inpainting a `region` from step `start` on: from the `noised` image, or else from pure noise."""
+    nine, predict = sees_mask(sd), sampling.predict_noise or sd.predict_noise
+    scheduler = sd.make_scheduler(sampling.scheduler, sampling.steps)
 
     def predict_noise(x: Tensor, *rest: Any) -> Tensor:
-        return sd.predict_noise(torch.cat([x, holes, z_outside], dim=1) if sees_mask else x, *rest)
+        return predict(torch.cat([x, region.mask, region.outside], dim=1) if nine else x, *rest)
 
-    for step in sd.denoise(
-        prompt,
-        latents=noise if strength == 1 or z is None else sampler.add_noise(z, noise, sampler.timesteps[start]),
-        start=start,
-        steps=steps,
-        height=height,
-        width=width,
-        generator=generator,
-        scheduler=sampler,
-        images_per_prompt=images_per_prompt,
-        predict_noise=predict_noise,
-        **settings,
-    ):
-        if not sees_mask and z is not None:
-            last = step.index == len(sampler.timesteps) - 1
-            known = z if last else sampler.add_noise(z, noise, sampler.timesteps[step.index + 1])
-            step.latents = (1 - holes) * known + holes * step.latents
+    if noised:
+        assert region.known is not None
+        x = scheduler.add_noise(region.known, region.noise, scheduler.timesteps[start])
+    else:
+        x = region.noise * scheduler.init_noise_sigma
+    steps = sd.denoise(prompt, sampling, latents=x, start=start, scheduler=scheduler, predict_noise=predict_noise)
+    return steps if nine else put_back(steps, region, scheduler)
+
+
+def put_back(steps: Iterator[Step], region: Region, scheduler: Any) -> Iterator[Step]:
+    """After each step, replace what is outside the mask by the image at the noise level of the next step."""
+    assert region.known is not None
+    for step in steps:
+        following = scheduler.timesteps[step.index + 1 : step.index + 2]
+        last = len(following) == 0  # there is no noise after the last step
+        known = region.known if last else scheduler.add_noise(region.known, region.noise, following[0])
+        step.latents = (1 - region.mask) * known + region.mask * step.latents
         yield step
 
 
+def sees_mask(sd: StableDiffusion) -> bool:
+    """Is this UNet one of nine channels, made for inpainting? Raises ValueError for neither way."""
+    channels, latent_channels = sd.unet.config.in_channels, sd.vae.config.latent_channels
+    if channels not in (latent_channels, 2 * latent_channels + 1):
+        raise ValueError(f"this UNet takes {channels} channels: inpainting needs 4, or the 9 of inpainting models")
+    return channels != latent_channels
+
+
 def to_mask(masks: list[Image.Image], pictures: list[Image.Image], height: int, width: int) -> Tensor:
-    """Masks -> (n, 1, H, W) float32, 1 where to paint. Raises ValueError for one of another size than the picture."""
+    """Masks -> (n, 1, H, W) float32, 1 where to generate. Raises ValueError for one of another size than the image."""
     for mask in masks:
         if mask.size != pictures[0].size:
             sizes = [f"{picture.width}x{picture.height}" for picture in (mask, pictures[0])]

@@ -1,19 +1,25 @@
-"""Interpolation: a walk from one picture to another, through pictures.
+"""Interpolation: from one image to another, through images between them.
 
 Noise is interpolated on the sphere (slerp: Shoemake 1985; DDIM, arXiv:2010.02502, appendix D.5), because the mean of
-two noises has too little spread to be noise; prompts on the straight line between what the text encoder makes of them.
-Both ends may be seeds, or the noise of real pictures (`inversion.py`).
+two noises has too little variance; prompts linearly, after the text encoder. Both ends may be seeds, or the noise of
+real images (`inversion.py`).
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from minisd.pipeline import StableDiffusion, Step
-from minisd.settings import Texts
+from minisd.pipeline import StableDiffusion
+from minisd.sampling import Sampling, Step, Texts
+from minisd.tasks.images import size_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from minisd.sampling import Settings
 
 
 def slerp(one: Tensor, other: Tensor, weight: float) -> Tensor:
@@ -43,26 +49,25 @@ def interpolate(
     noises: tuple[Tensor, Tensor],
     *,
     frames: int = 9,
-    clip_skip: int = 0,
-    **settings: Any,
+    **settings: "Unpack[Settings]",
 ) -> Iterator[Step]:
-    """Paint `frames` pictures, at least 2, from prompts[0] and noises[0] (B, 4, H/8, W/8) to prompts[1] and noises[1].
+    """Generate `frames` images, at least 2, from prompts[0] and noises[0] (B, 4, H/8, W/8) to prompts[1], noises[1].
 
-    All frames are one batch: each step's latents are (B * frames, ...), walk after walk. The rest are `denoise`'s
-    settings. Raises ValueError for a setting that is impossible.
+    All frames are one batch: each step's latents are (B * frames, ...), interpolation after interpolation. `settings`
+    are those of `denoise`. Raises ValueError for a setting that is impossible.
     """
+    sampling = Sampling(**settings)
     if frames < 2:
         raise ValueError(f"frames={frames}: must be at least 2, both ends")
     if noises[0].shape != noises[1].shape:
         raise ValueError(f"noises: {tuple(noises[0].shape)} and {tuple(noises[1].shape)}; must have one shape")
     weights = [index / (frames - 1) for index in range(frames)]
     with torch.no_grad():
-        first, last = (sd.encode_prompt([p] if isinstance(p, str) else p, None, clip_skip=clip_skip) for p in prompts)
-    latents = torch.stack([slerp(*noises, weight) for weight in weights], dim=1).flatten(0, 1)
-    context = torch.stack([lerp(first, last, weight) for weight in weights], dim=1).flatten(0, 1)
-    factor = sd.vae.config.downsampling
-    height, width = (size * factor for size in latents.shape[2:])
-    yield from sd.denoise(context, latents=latents, height=height, width=width, **settings)
+        first, last = (sd.encode_prompt(prompt, None, clip_skip=sampling.clip_skip) for prompt in prompts)
+    latents = torch.stack([slerp(*noises, weight) for weight in weights], dim=1).flatten(0, 1)  # (B * frames, 4, ...)
+    context = torch.stack([lerp(first, last, weight) for weight in weights], dim=1).flatten(0, 1)  # (B * frames, 77, D)
+    height, width = size_of(sd, latents)
+    return sd.denoise(context, sampling, latents=latents, clip_skip=0, height=height, width=width)
 
 
 def make_strip(pictures: Sequence[Image.Image]) -> Image.Image:

@@ -152,7 +152,7 @@ def test_a_tensor_in_the_place_of_a_file():
         sd.load_embedding(torch.ones(WIDTH))
     with pytest.raises(minisd.CheckpointError, match="the tensor holds NaN or infinite numbers"):
         sd.load_embedding(torch.full((WIDTH,), float("nan")), "<y>")
-    assert list(sd.embeddings) == ["<x>"]
+    assert list(sd.adapters.embeddings) == ["<x>"]
 
 
 def test_words_work_in_every_place_where_prompts_do(tmp_path):
@@ -200,7 +200,7 @@ def test_unloading_restores_the_very_objects(tmp_path):
     ids = sd.tokenizer(["<one> <two> <three>"])
     assert sd.text_encoder.token_embedding(ids[0, 1:5])[:, 0].tolist() == [1.0, 2.0, 2.0, 3.0]
     sd.unload_embedding("<two>")
-    assert list(sd.embeddings) == ["<one>", "<three>"]
+    assert list(sd.adapters.embeddings) == ["<one>", "<three>"]
     ids = sd.tokenizer(["<one> <three>"])
     assert sd.text_encoder.token_embedding(ids[0, 1:3])[:, 0].tolist() == [1.0, 3.0]
     with pytest.raises(ValueError, match=r"'<two>': is not loaded \(<one>, <three>\)"):
@@ -259,7 +259,7 @@ def test_what_is_no_embedding_for_this_model(tmp_path, tensors, message):
     save_file(tensors, tmp_path / "bad.safetensors")
     with pytest.raises(minisd.CheckpointError, match=f"^{tmp_path}/bad.safetensors: .*{message}"):
         sd.load_embedding(tmp_path / "bad.safetensors")
-    assert sd.embeddings == {} and sd.tokenizer is TOKENIZER
+    assert sd.adapters.embeddings == {} and sd.tokenizer is TOKENIZER
 
 
 NO_WORDS = {
@@ -288,7 +288,7 @@ def test_names_that_cannot_be_words(tmp_path, token, message):
         with pytest.raises(ValueError, match=message) as caught:
             sd.load_embedding(source, token)
         assert str(caught.value).startswith(f"token={token!r}: ") and str(caught.value).isprintable()
-    assert sd.embeddings == {} and sd.tokenizer is TOKENIZER
+    assert sd.adapters.embeddings == {} and sd.tokenizer is TOKENIZER
 
 
 def test_files_whose_own_names_are_no_words(tmp_path):
@@ -305,7 +305,7 @@ def test_names_that_are_taken():
     for token in ("<x>", "<X>", "<x>_1"):
         with pytest.raises(ValueError, match="already"):
             sd.load_embedding(torch.ones(WIDTH), token)
-    assert list(sd.embeddings) == ["<x>"]
+    assert list(sd.adapters.embeddings) == ["<x>"]
 
 
 def test_pickles_are_refused_with_the_way_out(tmp_path):

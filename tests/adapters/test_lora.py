@@ -362,7 +362,7 @@ def test_no_weight_is_touched_and_unloading_restores_every_bit(tmp_path):
     with pytest.raises(ValueError, match=r"two\.safetensors: is not loaded \(.*one\.safetensors\)"):
         sd.unload_lora(two)
     sd.unload_lora()
-    assert torch.equal(sd.unet(x, torch.tensor(10), context), plain) and sd.loras == []
+    assert torch.equal(sd.unet(x, torch.tensor(10), context), plain) and sd.adapters.loras == []
     sd.unload_lora()  # of nothing: nothing happens
 
 
@@ -382,12 +382,12 @@ def test_a_failure_in_the_middle_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "read_tensor", failing)
     with pytest.raises(OSError, match="the disk is gone"):
         sd.load_lora(path)
-    assert left[0] == 0 and sd.loras == [] and torch.equal(sd.unet(x, torch.tensor(10), context), plain)
+    assert left[0] == 0 and sd.adapters.loras == [] and torch.equal(sd.unet(x, torch.tensor(10), context), plain)
     assert not any(module._forward_hooks for module in sd.unet.modules())
     for scale in (float("nan"), float("inf"), "much", None, True):
         with pytest.raises(ValueError, match="must be a finite number"):
             sd.load_lora(path, scale)
-    assert sd.loras == []
+    assert sd.adapters.loras == []
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "compvis"])
@@ -401,7 +401,7 @@ def test_saving_bakes(tmp_path, layout):
     sd.save(target, layout=layout)
     baked = minisd.StableDiffusion.load(target)
     name = "middle.0.attention.self_attn.q.weight"
-    one, two = (each.lora.changes["unet", name].delta() for each in sd.loras)
+    one, two = (each.lora.changes["unet", name].delta() for each in sd.adapters.loras)
     expected = before["unet"][name] + 0.8 * one + -0.5 * two
     assert torch.allclose(baked.unet.state_dict()[name], expected, rtol=0, atol=1e-7)
     x, context = torch.randn(1, 4, 16, 16), torch.randn(1, 77, 64)
@@ -459,7 +459,7 @@ def test_numbers_that_are_not_finite(tmp_path, where, value):
     path = write(tmp_path / "a.safetensors", tensors)
     with pytest.raises(minisd.CheckpointError, match=f"^{path}: {name} holds NaN or infinite numbers"):
         sd.load_lora(path)
-    assert sd.loras == [] and not any(module._forward_hooks for module in sd.unet.modules())
+    assert sd.adapters.loras == [] and not any(module._forward_hooks for module in sd.unet.modules())
     changes = open_lora(path, sd.config).changes.values()
     with pytest.raises(minisd.CheckpointError, match="holds NaN or infinite numbers"):
         [baked_together(torch.zeros(change.target.shape), [(change, 1.0)]) for change in changes]

@@ -62,7 +62,7 @@ def test_a_lora(sd, bank, tmp_path):
     sd.load_lora(path)
     assert loss(sd, bank) < at_first
     for target, (down, up) in factors.items():
-        stored = sd.loras[0].lora.changes[target.weight].path()
+        stored = sd.adapters.loras[0].lora.changes[target.weight].path()
         assert torch.equal(stored.down, down) and torch.equal(stored.up, up)
 
 
@@ -82,7 +82,7 @@ def test_a_word(sd, bank, tmp_path):
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     assert changed == ["text_encoder.token_embedding.weight"]
     assert torch.equal(table[:-2], first[:-2]) and (table[-2:] != first[-2:]).any(dim=1).all()
-    path = write_embedding(tmp_path / "w.safetensors", "heart-of-gold", sd.embeddings["heart-of-gold"])
+    path = write_embedding(tmp_path / "w.safetensors", "heart-of-gold", sd.adapters.embeddings["heart-of-gold"])
     assert torch.equal(load_file(path)["heart-of-gold"], table[-2:])
     fresh = StableDiffusion.load()
     fresh.load_embedding(path)

@@ -142,7 +142,11 @@ def embedded():
 
 
 @pytest.mark.parametrize("prompt", ("red heart", "a tomato on a blue background", ""))
-@pytest.mark.parametrize("settings", ({}, {"guidance_scale": 1.0}, {"eta": 0.7, "negative_prompt": "blue"}), ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    ({"guidance_scale": 7.5}, {"guidance_scale": 1.0}, {"guidance_scale": 7.5, "eta": 0.7, "negative_prompt": "blue"}),
+    ids=str,
+)
 def test_embedded_model(embedded, prompt, settings):
     theirs = embedded[0](prompt, num_inference_steps=10, generator=seeded(), **settings).images
     assert same(embedded[1].text_to_image(prompt, steps=10, seed=7, **settings), theirs)

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 import minisd
-from minisd.cli.paint import weighted_prompt
+from minisd.cli.options import text_and_number
 from minisd.schedulers import equations
 from minisd.tasks import LossGuidance, colour_loss, compose, weighted_context
 from minisd.tasks.guidance import count_tokens, parse_weights
@@ -185,8 +185,8 @@ def test_a_batch_is_guided_as_its_members_alone(emoji):
 
 
 def test_weighted_prompts():
-    assert weighted_prompt("blue circle:0.5") == ("blue circle", 0.5) and weighted_prompt("sun") == ("sun", 1.0)
-    assert weighted_prompt("at 12:noon") == ("at 12:noon", 1.0) and weighted_prompt("a:b:-1") == ("a:b", -1.0)
+    assert text_and_number("blue circle:0.5") == ("blue circle", 0.5) and text_and_number("sun") == ("sun", 1.0)
+    assert text_and_number("at 12:noon") == ("at 12:noon", 1.0) and text_and_number("a:b:-1") == ("a:b", -1.0)
 
 
 def test_the_command(command, tiny_folder):

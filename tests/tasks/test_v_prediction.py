@@ -10,7 +10,7 @@ from PIL import Image
 
 import minisd
 import minisd.cli
-from minisd.tasks import LossGuidance, colour_loss, finish, image_to_image, inpaint, invert, walk_down
+from minisd.tasks import LossGuidance, colour_loss, finish, image_to_image, inpaint, invert, reconstruct
 from tests.tasks.conftest import draw_disc, pixels, seeded
 
 pytest.importorskip("diffusers")
@@ -88,7 +88,7 @@ def test_inversion_and_a_loss(both):
     x = torch.randn(1, 4, 8, 8, generator=seeded())
     settings = {"steps": 4, "guidance_scale": 1.5}
     walk = list(invert(sd, "a cat", x, **settings))
-    *_, bottom = walk_down(sd, "a cat", walk, **settings)
+    *_, bottom = reconstruct(sd, "a cat", walk, **settings)
     assert (bottom.latents - x).norm() / x.norm() < 1e-4
     *_, guided = sd.denoise("cat", seed=1, predict_noise=LossGuidance(sd, colour_loss("blue")), **settings)
     assert guided.latents.isfinite().all()

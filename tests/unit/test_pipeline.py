@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import minisd
-from minisd.pipeline import StableDiffusion, Step, to_pictures
+from minisd.pipeline import StableDiffusion, to_pictures
+from minisd.sampling import Step
 from tests.unit.tiny import equal, tiny_model
 
 
@@ -263,7 +264,7 @@ def test_one_negative_prompt_serves_all(sd):
         ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
         ({"guidance_scale": float("inf")}, "guidance_scale=inf"),
         ({"guidance_scale": "7"}, "guidance_scale=7"),
-        ({"guidance_scale": None}, "guidance_scale=None"),
+        ({"guidance_scale": [1.0]}, "guidance_scale="),
         ({"guidance_rescale": float("nan")}, "guidance_rescale=nan"),
         ({"guidance_rescale": -0.5}, "guidance_rescale=-0.5"),
         ({"eta": -0.1}, "eta=-0.1"),

@@ -306,7 +306,7 @@ class MinisdSide(PipelineSide):
         return pictures_as_tensor(to_pictures(images))
 
     def drawn(self, case: Case) -> Tensor:
-        shape = (len(case.prompts), self.config.vae.latent_channels, *self.model.latent_size(case.height, case.width))
+        shape = (len(case.prompts), *self.model.latent_shape(case.height, case.width))
         return self.model.initial_noise(shape, torch.Generator().manual_seed(case.seed), None)
 
     def scheduler(self) -> Any:

@@ -1,0 +1,161 @@
+"""A painting command at work: its options -> a model and a `Sampling`; the steps -> files and what is said of them."""
+
+import os
+import secrets
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from minisd.cli.options import text_and_number
+from minisd.cli.output import Paths, check_folder, make_grid, parameters, plan_paths, report, write_png
+from minisd.pipeline import StableDiffusion, to_pictures
+from minisd.sampling import Sampling, Step
+from minisd.tasks.images import fitting_size
+
+SomeStep = TypeVar("SomeStep", bound=Step)
+OWN = {field.name for field in fields(Sampling)}
+
+
+@dataclass
+class Job:
+    """The model, what to generate, and where it goes."""
+
+    sd: StableDiffusion
+    prompt: str
+    sampling: Sampling  # height, width, steps and guidance_scale are numbers here
+    seed: int
+    options: Mapping[str, Any]  # the command's, as typed
+    extra: dict[str, Any]  # the settings that a task adds
+    paths: Paths
+    started: float = field(default_factory=time.perf_counter)
+
+    @classmethod
+    def prepare(
+        cls, prompt: str, options: Mapping[str, Any], picture: Image.Image | None = None, **extra: Any
+    ) -> "Job":
+        """Load the model and settle every setting; everything is checked before anything is written.
+
+        The size is the one asked for, or that of `picture`, or the model's. Each image has a seed of its own: seed,
+        seed + 1, ...
+        """
+        started, given = time.perf_counter(), options.get("seed")
+        seed = given if given is not None else secrets.randbelow(2**32) if "seed" in options else 0
+        images = options.get("images_per_prompt", 1)
+        paths = plan_paths(options["output"], prompt, seed, extra.get("frames", images))
+        if options.get("steps_dir") is not None:
+            check_folder(Path(options["steps_dir"]))
+        sampling = Sampling(**{name: value for name, value in options.items() if name in OWN - {"seed"}})
+        sd = load(options)
+        extra |= load_adapters(sd, options["loras"], options["embeddings"])
+        size = options["size"]
+        height, width = reversed(size) if size else fitting_size(sd, picture) if picture else (None, None)
+        _, *latent_size = sd.latent_shape(height, width)
+        height, width = (side * sd.vae.config.downsampling for side in latent_size)
+        steps, scale = sampling.steps_and_scale(sd.generation)
+        generators = [torch.Generator().manual_seed(seed + offset) for offset in range(images)]
+        sampling = replace(
+            sampling, steps=steps, guidance_scale=scale, height=height, width=width, generator=generators
+        )
+        return cls(sd, prompt, sampling, seed, options, extra, paths, started)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The fields of `sampling` by name, as the tasks take them."""
+        return {name: getattr(self.sampling, name) for name in OWN}
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        assert self.sampling.height is not None and self.sampling.width is not None
+        return self.sampling.height, self.sampling.width
+
+    @property
+    def steps(self) -> int:
+        assert self.sampling.steps is not None
+        return self.sampling.steps
+
+    def told(self) -> dict[str, Any]:
+        """All that makes a picture, under the names that JSON has had from the beginning."""
+        names = ("steps", "guidance_rescale", "eta", "clip_skip", "width", "height")
+        settings = {name: getattr(self.sampling, name) for name in names}
+        own = {"prompt": self.prompt, "negative": self.sampling.negative_prompt, "seed": self.seed}
+        kept = {"scheduler": self.options.get("scheduler", "ddim"), "model": self.options["model"]}
+        return {**own, **settings, "guidance": self.sampling.guidance_scale, **kept}
+
+    def progress(self, steps: Iterable[SomeStep], total: int | None = None) -> Iterator[SomeStep]:
+        """The same steps, under a progress bar."""
+        hidden = True if self.options["quiet"] else None
+        yield from tqdm(steps, total=self.steps if total is None else total, unit="step", leave=False, disable=hidden)
+
+    @torch.no_grad()
+    def run(self, denoising: Iterable[Step], steps: int | None = None) -> list[Image.Image]:
+        """Run a sampling loop of `steps` steps under a progress bar, and decode the last latents."""
+        folder = self.options.get("steps_dir")
+        for step in self.progress(denoising, steps):
+            if folder is not None:
+                Path(folder).mkdir(exist_ok=True)
+                predicted = make_grid(to_pictures(self.sd.decode(step.x0)))
+                path = Path(folder, f"step-{step.index + 1:03}-t{step.timestep:03}.png")
+                write_png(path, predicted, parameters(self.told(), self.extra, self.seed))
+        return to_pictures(self.sd.decode(step.latents))
+
+    def write(
+        self,
+        pictures: list[Image.Image],
+        together: Callable[[list[Image.Image]], Image.Image] = make_grid,
+        last: Path | None = None,
+        **found: Any,
+    ) -> None:
+        """Write the pictures, and all of them in one (a grid), and say so.
+
+        `last`: a file that is written already, to be named last; `found`: what else JSON should tell.
+        """
+        told, paths = self.told(), self.paths
+        if "seed" in self.options and self.options["seed"] is None:
+            print(f"seed {self.seed}", file=sys.stderr)  # nobody gave one
+        for offset, (path, picture) in enumerate(zip(paths.images, pictures, strict=True)):
+            write_png(path, picture, parameters(told, self.extra, self.seed + offset))
+        if paths.grid:
+            write_png(paths.grid, together(pictures), parameters(told, self.extra, self.seed))
+        files = {"images": [str(path) for path in paths.images], "grid": str(paths.grid) if paths.grid else None}
+        written = [*paths.images, *([paths.grid] if paths.grid else []), *([last] if last else [])]
+        seconds = {"seconds": round(time.perf_counter() - self.started, 2)}
+        report(written, files | told | self.extra | found | seconds, self.options["as_json"])
+
+
+def load(options: Mapping[str, Any]) -> StableDiffusion:
+    """Load the model; float32 on a CPU and float16 on an accelerator unless asked otherwise."""
+    device, dtype = options["device"], options["dtype"]
+    if device == "auto":
+        mps = torch.backends.mps.is_available()
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if dtype == "auto":
+        dtype = "float32" if device.startswith("cpu") else "float16"
+    given = {name: options[name] for name in ("weights", "vae")}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        sd = StableDiffusion.load(options["model"], dtype=getattr(torch, dtype), device=device, **given)
+    for warning in caught:
+        print(f"note: {warning.message}", file=sys.stderr)
+    return sd
+
+
+def load_adapters(sd: StableDiffusion, loras: tuple[str, ...], embeddings: tuple[str, ...]) -> dict[str, str]:
+    """Load PATH[:SCALE] LoRAs and PATH[:TOKEN] embeddings; returns what belongs among a picture's settings."""
+    for lora in loras:
+        sd.load_lora(*text_and_number(lora))
+    for embedding in embeddings:
+        path, _, token = embedding.rpartition(":")
+        named = path and not os.path.exists(os.path.expanduser(embedding))
+        words = sd.load_embedding(path, token) if named else sd.load_embedding(embedding)
+        print(f"{embedding}: in prompts as {', '.join(words)}", file=sys.stderr)
+    told = {"lora": loras, "embedding": embeddings}
+    return {name: ", ".join(given) for name, given in told.items() if given}

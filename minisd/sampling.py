@@ -1,0 +1,163 @@
+"""Every setting of a generation, once: `Sampling`, checked when it is made; and `Step`, what the sampling loop yields.
+
+`StableDiffusion.denoise`, every task, the command line and the diffusers dialect describe what they want as a
+`Sampling`. Back to the walk: `pipeline.py`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from numbers import Real
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from minisd.noise import Generators
+from minisd.schedulers import SCHEDULERS, Scheduler
+
+Texts = str | list[str] | Tensor  # a prompt, several, or their token embeddings after the text encoder (B, 77, D)
+PredictNoise = Callable[[Tensor, Tensor, Tensor, float, float], Tensor]  # x, t, context, guidance scale and rescale
+
+
+@dataclass
+class Step:
+    """One step of the sampling loop. A consumer may assign other `latents`: the loop goes on from those."""
+
+    index: int  # 0, 1, 2, ...
+    timestep: int  # the timestep that the UNet was called with: falling, from about 1000 towards 0
+    latents: Tensor  # x_{t-1}: (B, 4, H/8, W/8), after the step
+    x0: Tensor  # x0-hat, the predicted clean latents (B, 4, H/8, W/8): to_pictures(sd.decode(step.x0)) is a preview
+
+
+class Settings(TypedDict, total=False):
+    """The fields of `Sampling` as keyword arguments, so that type checkers know what the tasks take."""
+
+    negative_prompt: Texts
+    steps: int | None
+    guidance_scale: float | None
+    guidance_rescale: float
+    height: int | None
+    width: int | None
+    seed: int | None
+    generator: Generators
+    scheduler: Scheduler | str | None
+    eta: float
+    images_per_prompt: int
+    clip_skip: int
+    predict_noise: PredictNoise | None
+
+
+class LoopSettings(Settings, total=False):
+    """The same for `denoise`, which takes all fields."""
+
+    latents: Tensor | None
+    start: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """The settings of a generation. Raises ValueError, with the name and value, for one that is impossible.
+
+    `negative_prompt`    what classifier-free guidance moves away from: one, or one for each prompt
+    `steps`              denoising steps; None: what the model's makers recommend, else 50
+    `guidance_scale`     of classifier-free guidance; up to 1 there is none, and `negative_prompt` has no effect.
+                         None: what the model's makers recommend, else 7.5
+    `guidance_rescale`   0 to 1, against overexposure by strong guidance (Lin et al. 2023, arXiv:2305.08891)
+    `height`, `width`    in pixels, multiples of the VAE's factor, 8; None: the size that the model was trained at
+    `seed`, `generator`  one of the two: the source of all noise, drawn on the CPU, so that a seed is the same image on
+                         every device; a list of generators has one for each image. None: torch's global generator
+    `latents`            (B, 4, H/8, W/8), initial noise of unit variance in the place of drawn noise
+    `scheduler`          "ddim" (None), "ddpm", or a scheduler object
+    `eta`                0 (DDIM, deterministic) to 1 (as random as DDPM); only "ddim" takes it
+    `images_per_prompt`  how many images to generate of each prompt
+    `clip_skip`          how many of the text encoder's last layers to leave out
+
+    Two openings serve the tasks: `start`, the index of the first step to take, for `latents` that are already at the
+    noise level of that step; and `predict_noise`, in the place of `StableDiffusion.predict_noise`.
+    """
+
+    negative_prompt: Texts = ""
+    steps: int | None = None
+    guidance_scale: float | None = None
+    guidance_rescale: float = 0.0
+    height: int | None = None
+    width: int | None = None
+    seed: int | None = None
+    generator: Generators = None
+    latents: Tensor | None = None
+    scheduler: Scheduler | str | None = None
+    eta: float = 0.0
+    images_per_prompt: int = 1
+    clip_skip: int = 0
+    start: int | None = None
+    predict_noise: PredictNoise | None = None
+
+    def __post_init__(self) -> None:
+        list_of_texts("negative_prompt", self.negative_prompt)
+        for name, count in (("steps", self.steps), ("images_per_prompt", self.images_per_prompt)):
+            if count is not None or name != "steps":
+                check_whole(name, count, least=1)
+        check_whole("clip_skip", self.clip_skip, least=0)
+        for name in ("guidance_scale", "guidance_rescale", "eta"):
+            number = getattr(self, name)
+            if number is not None and (not isinstance(number, Real) or not 0 <= float(number) < float("inf")):
+                raise ValueError(f"{name}={number}: must be a finite number, at least 0")
+        if isinstance(self.scheduler, str) and self.scheduler not in SCHEDULERS:
+            raise ValueError(f"scheduler={self.scheduler!r}: must be one of {', '.join(SCHEDULERS)}")
+        self.make_generator()
+        if self.start is not None:
+            check_whole("start", self.start, least=0)  # how many steps there are, the model knows
+        if self.start and self.latents is None:
+            raise ValueError(f"start={self.start}: needs latents, at the noise level of that step")
+
+    def steps_and_scale(self, generation: Mapping[str, Any]) -> tuple[int, float]:
+        """The numbers of `steps` and `guidance_scale`: what was asked, else what the model recommends, else 50, 7.5."""
+        steps = generation.get("steps", 50) if self.steps is None else self.steps
+        scale = generation.get("guidance_scale", 7.5) if self.guidance_scale is None else self.guidance_scale
+        if (self.start or 0) >= steps:
+            raise ValueError(
+                f"start={self.start}: must be a whole number from 0 to {steps - 1}, the index of one of {steps} steps"
+            )
+        return steps, scale
+
+    def with_generator(self) -> "Sampling":
+        """The same with a generator in the place of the seed, for a task that draws before the loop does."""
+        return replace(self, seed=None, generator=self.make_generator())
+
+    def make_generator(self) -> Generators:
+        """The one source of randomness: the generator, a new one from `seed`, or None for torch's global one."""
+        if self.seed is None:
+            return self.generator
+        if self.generator is not None:
+            raise ValueError("seed and generator: give one of the two")
+        try:
+            return torch.Generator().manual_seed(self.seed)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"seed={self.seed!r}: must be a whole number of at most 64 bits") from None
+
+
+def check_whole(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}={value}: must be a whole number, at least {least}")
+
+
+def list_of_texts(name: str, value: Texts) -> list[str] | Tensor:
+    """A list of texts; context (B, T, D) stays what it is."""
+    if isinstance(value, Tensor):
+        if value.ndim != 3:
+            raise ValueError(f"{name} has the shape {tuple(value.shape)}: context has three dimensions, (B, 77, D)")
+        return value
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{name}={value!r}: must be a text or a list of at least one text")
+    return list(texts)
+
+
+def matching_prompts(prompt: Texts, negative: Texts) -> tuple[list[str] | Tensor, list[str] | Tensor]:
+    """Lists of equal length; one negative prompt serves all. Raises ValueError for no prompt, or for two lengths."""
+    prompts, negatives = list_of_texts("prompt", prompt), list_of_texts("negative_prompt", negative)
+    if isinstance(negative, str):
+        negatives = [negative] * len(prompts)
+    if len(negatives) != len(prompts):
+        raise ValueError(f"negative_prompt: {len(negatives)} for {len(prompts)} prompts; give one, or one each")
+    return prompts, negatives
