@@ -4,8 +4,8 @@ Letters in shape comments and papers, everywhere in this package:
 
     B batch    T tokens (77)    N, M positions    C channels    D width of a vector    H, W height and width
     x   latents of the diffusion process (B, 4, H, W)     t   timestep, 0 (clean) to 999 (noise)
-    z   latents of the VAE, not scaled                    eps noise, or the UNet's idea of it
-    q, k, v   queries, keys, values of attention          x0  the clean latents that x comes from
+    z   latents of the VAE, not scaled                    eps noise, or the UNet's prediction of it
+    q, k, v   queries, keys, values of attention          x0  clean latents, scaled as x; x0-hat predicted
 
 Importing this package loads nothing else: torch comes with the first name that needs it.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from minisd.schedulers import DDIMScheduler as DDIMScheduler
     from minisd.schedulers import DDPMScheduler as DDPMScheduler
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "CheckpointError": "minisd.checkpoint.errors",

@@ -29,7 +29,7 @@ class UNetConfig:
     """The denoiser (Rombach et al. 2022, arXiv:2112.10752). Tuples go from the highest resolution to the lowest."""
 
     sample_size: int  # default height and width of the latents: a pixel size of 8 times that
-    in_channels: int  # 4 latent channels; 9 in inpainting models (latent, mask, masked picture)
+    in_channels: int  # 4 latent channels; 9 in inpainting models (latents, mask, masked image)
     out_channels: int
     widths: tuple[int, ...]  # channels at each resolution
     attention: tuple[bool, ...]  # does this resolution have transformers?

@@ -1,6 +1,6 @@
 """The blocks that the UNet, the VAE and the text encoder share.
 
-Pictures are (B, C, H, W), sequences (B, N, C). Nothing here has a default for a number that changes the result: the
+Feature maps are (B, C, H, W), sequences (B, N, C). Nothing here has a default for a number that changes the result: the
 models pass them from `config.py`, which is next in the walk.
 """
 
@@ -21,10 +21,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.
 
 
 class Attention(nn.Module):
-    """Multi-head attention (Vaswani et al. 2017, arXiv:1706.03762).
+    """Multi-head scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762).
 
-    Every position of `x` asks (q), every position of `context` offers an answer (k) and its content (v). Self-attention
-    is the case where `context` is `x`.
+    Queries come from `x`, keys and values from `context`: cross-attention. In self-attention `context` is `x`.
     """
 
     def __init__(self, width: int, context_width: int, *, heads: int, qkv_bias: bool) -> None:
@@ -36,19 +35,19 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, context: Tensor, *, causal: bool) -> Tensor:
-        """`x` (B, N, C), `context` (B, M, D) -> (B, N, C). `causal`: position n sees positions up to n only."""
-        q, k, v = (
-            rearrange(sequence, "b n (h d) -> b h n d", h=self.heads)
-            for sequence in (self.q(x), self.k(context), self.v(context))
-        )
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # softmax(q k^T / sqrt(d)) v
-        return self.out(rearrange(x, "b h n d -> b n (h d)"))
+        """`x` (B, N, C), `context` (B, M, D) -> (B, N, C). `causal`: position n attends to positions 0 to n only."""
+        q, k, v = self.q(x), self.k(context), self.v(context)  # (B, N, C), (B, M, C), (B, M, C)
+        # The channels are split into heads of size d = C / h, which attend independently.
+        q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=self.heads) for y in (q, k, v))  # (B, h, N or M, d)
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # softmax(q k^T / sqrt(d)) v: (B, h, N, d)
+        return self.out(rearrange(x, "b h n d -> b n (h d)"))  # (B, N, C)
 
 
 class ResnetBlock(nn.Module):
-    """Two convolutions inside a residual connection (He et al. 2015), told the time in between (Ho et al. 2020).
+    """Two convolutions and a residual connection (He et al. 2015), with timestep conditioning between them (Ho et al.
+    2020): pre-activation, GroupNorm -> activation -> convolution, twice.
 
-    `time_width=None` makes the VAE's block, which knows no time.
+    `time_width=None` makes the VAE's block, which has no timestep.
     """
 
     def __init__(
@@ -66,9 +65,9 @@ class ResnetBlock(nn.Module):
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         """`x` (B, in_width, H, W), `time` (B, time_width) -> (B, out_width, H, W)."""
         residual = self.shortcut(x) if self.shortcut else x
-        x = self.conv1(self.activation(self.norm1(x)))
+        x = self.conv1(self.activation(self.norm1(x)))  # (B, out_width, H, W)
         if self.time is not None and time is not None:
-            x = x + rearrange(self.time(self.activation(time)), "b c -> b c 1 1")
+            x = x + rearrange(self.time(self.activation(time)), "b c -> b c 1 1")  # one bias a channel
         x = self.conv2(self.activation(self.norm2(x)))
         return residual + x
 
@@ -76,7 +75,8 @@ class ResnetBlock(nn.Module):
 class Downsample(nn.Module):
     """Half the height and width, by a convolution with stride 2.
 
-    `padding=1` pads all four sides (the UNet). `padding=0` pads the right and the bottom only (the VAE).
+    `padding=1` pads all four sides (the UNet). `padding=0` pads the right and the bottom only (the VAE): so the weights
+    were trained, and any other padding shifts the image.
     """
 
     def __init__(self, width: int, *, padding: int) -> None:
@@ -86,12 +86,12 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, ceil(H/2), ceil(W/2)) in the UNet, (B, C, H/2, W/2) in the VAE."""
         if self.conv.padding == (0, 0):
-            x = F.pad(x, (0, 1, 0, 1))
+            x = F.pad(x, (0, 1, 0, 1))  # (B, C, H+1, W+1)
         return self.conv(x)
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour enlargement, then a convolution that smooths it."""
+    """Nearest-neighbour upsampling, then a convolution: no checkerboard, as a transposed convolution would leave."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""All randomness of minisd: standard normal noise, drawn so that a seed means the same picture everywhere."""
+"""All randomness of minisd: standard normal noise, drawn so that a seed means the same image on every device."""
 
 from collections.abc import Sequence
 

@@ -22,7 +22,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from minisd.adapters import Adapters
+from minisd.adapters.loading import Adapters
 from minisd.checkpoint.building import build, read_tokenizer, usable_device
 from minisd.checkpoint.reading import open_checkpoint
 from minisd.checkpoint.save import Model, save

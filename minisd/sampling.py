@@ -104,11 +104,11 @@ class Sampling:
                 raise ValueError(f"{name}={number}: must be a finite number, at least 0")
         if isinstance(self.scheduler, str) and self.scheduler not in SCHEDULERS:
             raise ValueError(f"scheduler={self.scheduler!r}: must be one of {', '.join(SCHEDULERS)}")
+        if self.eta and self.scheduler == "ddpm":
+            raise ValueError("eta is an option of ddim; ddpm is always as random as eta 1")
         self.make_generator()
         if self.start is not None:
             check_whole("start", self.start, least=0)  # how many steps there are, the model knows
-        if self.start and self.latents is None:
-            raise ValueError(f"start={self.start}: needs latents, at the noise level of that step")
 
     def steps_and_scale(self, generation: Mapping[str, Any]) -> tuple[int, float]:
         """The numbers of `steps` and `guidance_scale`: what was asked, else what the model recommends, else 50, 7.5."""
@@ -118,6 +118,8 @@ class Sampling:
             raise ValueError(
                 f"start={self.start}: must be a whole number from 0 to {steps - 1}, the index of one of {steps} steps"
             )
+        if self.start and self.latents is None:
+            raise ValueError(f"start={self.start}: needs latents, at the noise level of that step")
         return steps, scale
 
     def with_generator(self) -> "Sampling":

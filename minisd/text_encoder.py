@@ -1,4 +1,4 @@
-"""Token ids -> one vector per token: the text half of CLIP.
+"""Token ids -> one vector per token: CLIP's text transformer.
 
 In: ids (B, 77) from `tokenizer.py`. Out: (B, 77, 768), the `context` that the UNet attends to.
 Next in the walk: `unet.py`.
@@ -14,7 +14,7 @@ from minisd.layers import ACTIVATIONS, Attention
 
 
 class FeedForward(nn.Module):
-    """Widen, bend, narrow: the part of a transformer layer that looks at each token alone."""
+    """Position-wise feed-forward network (Vaswani et al. 2017, section 3.3)."""
 
     def __init__(self, width: int, hidden_width: int, activation: str) -> None:
         super().__init__()
@@ -23,11 +23,12 @@ class FeedForward(nn.Module):
         self.contract = nn.Linear(hidden_width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.contract(self.activation(self.expand(x)))
+        """(B, T, width) -> (B, T, width)."""
+        return self.contract(self.activation(self.expand(x)))  # (B, T, hidden_width) in between
 
 
 class TextLayer(nn.Module):
-    """One pre-norm transformer layer. Attention is causal: CLIP reads from left to right."""
+    """One pre-norm transformer layer with causal self-attention: a token attends to those before it only."""
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
@@ -38,6 +39,7 @@ class TextLayer(nn.Module):
         self.feed_forward = FeedForward(width, config.hidden_width, config.activation)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, T, width) -> (B, T, width)."""
         normed = self.self_attn_norm(x)
         x = x + self.self_attn(normed, normed, causal=True)
         return x + self.feed_forward(self.feed_forward_norm(x))
@@ -46,7 +48,7 @@ class TextLayer(nn.Module):
 class TextEncoder(nn.Module):
     """CLIP ViT-L/14's text transformer (Radford et al. 2021, arXiv:2103.00020, section 2.4).
 
-    Stable Diffusion was trained on its last hidden states, not on the single vector that CLIP compares with pictures.
+    Stable Diffusion is conditioned on its last hidden states, not on the pooled vector that CLIP compares with images.
     """
 
     def __init__(self, config: TextEncoderConfig) -> None:
@@ -68,12 +70,12 @@ class TextEncoder(nn.Module):
         if not isinstance(clip_skip, int) or not 0 <= clip_skip < len(self.layers):
             raise ValueError(f"clip_skip={clip_skip}: must be a whole number from 0 to {len(self.layers) - 1}")
         positions = torch.arange(ids.shape[-1], device=ids.device)
-        x = self.token_embedding(ids) + self.position_embedding(positions)
+        x = self.token_embedding(ids) + self.position_embedding(positions)  # (B, T, width)
         for layer in self.layers[: len(self.layers) - clip_skip]:
             x = layer(x)
         return self.final_norm(x)
 
     def take_table(self, table: Tensor) -> None:
-        """Use another table of token vectors (vocabulary, width), a Parameter: one that knows more words, or fewer."""
+        """Use another token embedding (vocabulary, width), a Parameter with more rows, or fewer."""
         self.token_embedding.weight, self.token_embedding.num_embeddings = table, len(table)
         self.config = replace(self.config, vocabulary=len(table))

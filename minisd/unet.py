@@ -1,7 +1,7 @@
-"""Noisy latent, timestep, text -> the noise in it: the flat UNet with cross-attention.
+"""Noisy latents, timestep, text -> noise prediction: the UNet with cross-attention, as a flat list of blocks.
 
 In: latents (B, 4, H/8, W/8), timesteps, context (B, 77, 768) from `text_encoder.py`. Out: the predicted noise, shaped
-as the latents. Next in the walk: `schedulers/`, which take that noise away; then `vae.py`.
+as the latents. Next in the walk: `schedulers/`, which step from x_t to x_{t-1} with it; then `vae.py`.
 """
 
 import math
@@ -18,31 +18,34 @@ from minisd.layers import ACTIVATIONS, Attention, Downsample, ResnetBlock, Upsam
 
 
 def timestep_embedding(timesteps: Tensor, width: int) -> Tensor:
-    """Timesteps (B,) -> (B, width) float32: waves of geometrically falling frequency, cosines first, then sines.
+    """Sinusoidal timestep embedding, (B,) -> (B, width) float32 (Vaswani et al. 2017, section 3.5).
 
-    Vaswani et al. 2017, section 3.5, in the order that CompVis trained with.
+    Cosines first, then sines: the order that CompVis trained with.
     """
     half = width // 2
+    # Geometric frequencies from 1 down to 1/10000. In float32 whatever the model's dtype: bfloat16 cannot tell
+    # neighbouring timesteps apart.
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half)
-    angles = timesteps[:, None].float() * frequencies[None, :]
-    return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
+    angles = timesteps[:, None].float() * frequencies[None, :]  # (B, width/2)
+    return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)  # (B, width)
 
 
 class TimeEmbedding(nn.Module):
-    """The two-layer network that makes a timestep's waves useful to every ResNet block."""
+    """The two-layer network between the sinusoidal embedding and the ResNet blocks."""
 
-    def __init__(self, wave_width: int, width: int, activation: str) -> None:
+    def __init__(self, sinusoidal_width: int, width: int, activation: str) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[activation]
-        self.linear1 = nn.Linear(wave_width, width)
+        self.linear1 = nn.Linear(sinusoidal_width, width)
         self.linear2 = nn.Linear(width, width)
 
-    def forward(self, waves: Tensor) -> Tensor:
-        return self.linear2(self.activation(self.linear1(waves)))
+    def forward(self, sinusoidal: Tensor) -> Tensor:
+        """(B, sinusoidal_width) -> (B, width)."""
+        return self.linear2(self.activation(self.linear1(sinusoidal)))
 
 
 class GatedFeedForward(nn.Module):
-    """GEGLU (Shazeer 2020, arXiv:2002.05202): one half of a wide vector is gated by the exact GELU of the other."""
+    """GEGLU feed-forward network (Shazeer 2020, arXiv:2002.05202): value * gelu(gate), with the exact (erf) GELU."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -50,14 +53,14 @@ class GatedFeedForward(nn.Module):
         self.contract = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.expand(x).chunk(2, dim=-1)
-        return self.contract(value * F.gelu(gate))
+        """(B, N, C) -> (B, N, C)."""
+        value, gate = self.expand(x).chunk(2, dim=-1)  # (B, N, 4C) each
+        return self.contract(value * F.gelu(gate))  # (B, N, C)
 
 
 class SpatialTransformer(nn.Module):
-    """Where text meets picture: pixels look at each other (self), then at the prompt (cross), then think alone.
-
-    Rombach et al. 2022, appendix E.2.1.
+    """A transformer layer over the positions of a feature map: self-attention, cross-attention to the text, GEGLU
+    feed-forward; each pre-norm with a residual connection (Rombach et al. 2022, appendix E.2.1).
     """
 
     def __init__(self, width: int, config: UNetConfig) -> None:
@@ -96,7 +99,7 @@ def like_layout(x: Tensor, reference: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """One station of the flat UNet: any of resnet, attention, downsample, upsample, in that order."""
+    """One entry of the flat block list: any of resnet, attention, downsample, upsample, in that order."""
 
     def __init__(
         self,
@@ -111,7 +114,7 @@ class Block(nn.Module):
         self.downsample, self.upsample = downsample, upsample
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor, size: tuple[int, int]) -> Tensor:
-        """`size` is the height and width to enlarge to, where there is an `upsample`."""
+        """(B, C, H, W) -> (B, C', H', W'). `size`: the height and width to upsample to, where there is an `upsample`."""
         if self.resnet is not None:
             x = self.resnet(x, time)
         if self.attention is not None:
@@ -150,22 +153,22 @@ def down_blocks(config: UNetConfig) -> Iterator[Block]:
 
 
 def middle_blocks(config: UNetConfig) -> Iterator[Block]:
-    """At the lowest resolution, which has a transformer here even where its level has none."""
+    """At the lowest resolution. The transformer is there even where the level has none: in SD 1.5, at 8x8, it is alone."""
     width = config.widths[-1]
     yield Block(resnet=resnet(width, width, config), attention=SpatialTransformer(width, config))
     yield Block(resnet=resnet(width, width, config))
 
 
 def up_blocks(config: UNetConfig) -> Iterator[Block]:
-    """Each level: one resnet more than on the way down, each with a skip; the last one enlarges."""
+    """Each level: one resnet more than on the way down, each with a skip connection; the last block upsamples."""
     width, skip_widths = config.widths[-1], config.skip_widths
     for level, level_width in reversed(list(enumerate(config.widths))):
         for index in range(config.resnets_per_level + 1):
-            enlarges = index == config.resnets_per_level and level > 0
+            upsamples = index == config.resnets_per_level and level > 0
             yield Block(
                 resnet=resnet(width + skip_widths.pop(), level_width, config),
                 attention=transformer(level, config),
-                upsample=Upsample(level_width) if enlarges else None,
+                upsample=Upsample(level_width) if upsamples else None,
             )
             width = level_width
 
@@ -181,8 +184,8 @@ class UNet(nn.Module):
                  8x8               R   R                    R  R  RU                                  1280
                                           middle  RA R
 
-    Every output on the way down, that of `conv_in` included, is a skip: 12 are pushed, and each of the 12 blocks on the
-    way up begins by popping one and standing it beside its input.
+    Every output on the way down, that of `conv_in` included, is a skip connection: 12 are pushed, and each of the 12
+    blocks on the way up pops one, concatenated to its input along the channels.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -201,12 +204,12 @@ class UNet(nn.Module):
     def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
         """Predict the noise in `latents` (B, C, H, W) at `timesteps` (() or (B,), 0 to 999) under `context` (B, T, D).
 
-        Any height and width: odd sizes are halved upwards and come back to what the skip beside them has.
+        Any height and width: odd sizes round up when halved, and upsampling targets the size of the next skip.
         """
         timesteps = torch.as_tensor(timesteps, device=latents.device).expand(len(latents))  # (B,)
-        waves = timestep_embedding(timesteps, self.config.widths[0])
-        time = self.time_embedding(waves.to(latents.dtype))
-        x = self.conv_in(latents)
+        sinusoidal = timestep_embedding(timesteps, self.config.widths[0])  # (B, widths[0])
+        time = self.time_embedding(sinusoidal.to(latents.dtype))  # (B, 4 * widths[0])
+        x = self.conv_in(latents)  # (B, widths[0], H, W)
         skips = [x]
         for block in self.down:
             x = block(x, time, context, size_of(x))
@@ -214,9 +217,9 @@ class UNet(nn.Module):
         for block in self.middle:
             x = block(x, time, context, size_of(x))
         for block in self.up:
-            x = torch.cat([x, skips.pop()], dim=1)
+            x = torch.cat([x, skips.pop()], dim=1)  # (B, C + C of the skip, H, W)
             x = block(x, time, context, size_of(skips[-1] if skips else x))
-        return self.conv_out(self.activation(self.norm_out(x)))
+        return self.conv_out(self.activation(self.norm_out(x)))  # (B, out_channels, H, W)
 
 
 def size_of(x: Tensor) -> tuple[int, int]:

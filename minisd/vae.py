@@ -1,4 +1,4 @@
-"""Pixels <-> latents: the KL autoencoder, eight times smaller on each side.
+"""Images <-> latents: the KL autoencoder, a factor of 8 smaller in height and width.
 
 `encode`: images (B, 3, 8H, 8W) in [-1, 1] -> a Gaussian over latents (B, 4, H, W). `decode`: latents -> images.
 Diffusion works on latents times `scaling_factor`; this file knows them unscaled. Next in the walk: `layers.py`.
@@ -13,10 +13,10 @@ from minisd.noise import Generators, draw_noise
 
 
 class Gaussian:
-    """A diagonal normal distribution over latents, one mean and one variance for each number."""
+    """A diagonal Gaussian over latents, the approximate posterior: a mean and a variance for each element."""
 
     def __init__(self, moments: Tensor) -> None:
-        """`moments` (B, 2C, H, W): means, then logarithms of variances, which are clamped to a sane range."""
+        """`moments` (B, 2C, H, W): means, then log-variances, clamped as CompVis does so that exp cannot overflow."""
         self.mean, logvar = moments.chunk(2, dim=1)
         self.logvar = logvar.clamp(-30.0, 20.0)
 
@@ -38,7 +38,7 @@ class Gaussian:
 
 
 class PixelAttention(nn.Module):
-    """Self-attention with one head between all positions at the lowest resolution."""
+    """Self-attention with one head over all positions, at the lowest resolution."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ def middle(config: VAEConfig) -> nn.ModuleList:
 
 
 class Encoder(nn.Module):
-    """Pictures -> moments. Flat: resnets, a downsampling after each level but the last, the middle, the way out."""
+    """Images -> moments of the posterior. Flat: resnets, a downsampling after each level but the last, the middle."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -92,14 +92,14 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, 8H, 8W) -> (B, 8, H, W)."""
-        x = self.conv_in(x)
+        x = self.conv_in(x)  # (B, widths[0], 8H, 8W)
         for block in (*self.down, *self.middle):
-            x = block(x)
+            x = block(x)  # at the end (B, widths[-1], H, W)
         return self.conv_out(self.activation(self.norm_out(x)))
 
 
 class Decoder(nn.Module):
-    """Latents -> pictures: the encoder in reverse, with one more resnet on each level."""
+    """Latents -> images: the encoder in reverse, with one more resnet on each level."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -119,8 +119,8 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """(B, 4, H, W) -> (B, 3, 8H, 8W)."""
-        x = self.conv_in(z)
-        for block in (*self.middle, *self.up):
+        x = self.conv_in(z)  # (B, widths[-1], H, W)
+        for block in (*self.middle, *self.up):  # at the end (B, widths[0], 8H, 8W)
             x = block(x, (2 * x.shape[2], 2 * x.shape[3])) if isinstance(block, Upsample) else block(x)
         return self.conv_out(self.activation(self.norm_out(x)))
 

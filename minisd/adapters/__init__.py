@@ -1,5 +1,1 @@
-"""Small files that change a model: LoRA (`lora.py`) and textual inversion (`textual_inversion.py`)."""
-
-from minisd.adapters.loading import Adapters
-
-__all__ = ["Adapters"]
+"""Small files that change a model: LoRA (`lora.py`) and textual inversion (`textual_inversion.py`); see README.md."""

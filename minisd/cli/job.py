@@ -69,7 +69,7 @@ class Job:
     @property
     def settings(self) -> dict[str, Any]:
         """The fields of `sampling` by name, as the tasks take them."""
-        return {name: getattr(self.sampling, name) for name in OWN}
+        return {name: getattr(self.sampling, name) for name in OWN - {"latents", "start"}}
 
     @property
     def size(self) -> tuple[int, int]:

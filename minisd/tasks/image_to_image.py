@@ -2,7 +2,7 @@
 
 Meng et al. 2021, arXiv:2108.01073. In: an image and a prompt. Out: the steps of `denoise`.
 
-    image --VAE encoder--> z --add_noise at step `start`--> x_start --denoise from there--> x_0
+    image --VAE encoder--> x0 --add_noise at step `start`--> x_t --denoise from there--> another x0
 """
 
 from collections.abc import Iterator
@@ -40,17 +40,17 @@ def image_to_image(
     sampling = replace(sampling, steps=steps, height=height, width=width)
     count = len(list_of_texts("prompt", prompt)) * sampling.images_per_prompt
 
-    z = encode_pictures(sd, to_images(pictures, height, width), count, sampling.generator)
-    noise = draw_noise(z.shape, sampling.generator, sd.device, sd.dtype)
-    return denoise_from(sd, prompt, z, noise, sampling, start)
+    x0 = encode_pictures(sd, to_images(pictures, height, width), count, sampling.generator)
+    noise = draw_noise(x0.shape, sampling.generator, sd.device, sd.dtype)
+    return denoise_from(sd, prompt, x0, noise, sampling, start)
 
 
 def denoise_from(
-    sd: StableDiffusion, prompt: Texts, z: Tensor, noise: Tensor, sampling: Sampling, start: int
+    sd: StableDiffusion, prompt: Texts, x0: Tensor, noise: Tensor, sampling: Sampling, start: int
 ) -> Iterator[Step]:
-    """Add `noise` to scaled clean latents z (B, 4, H/8, W/8), as much as step `start` expects; denoise from there."""
+    """Add `noise` to scaled clean latents `x0` (B, 4, H/8, W/8), as much as step `start` expects; denoise from there."""
     scheduler = sd.make_scheduler(sampling.scheduler, sampling.steps)
-    x = scheduler.add_noise(z, noise, scheduler.timesteps[start])
+    x = scheduler.add_noise(x0, noise, scheduler.timesteps[start])
     return sd.denoise(prompt, sampling, latents=x, start=start, scheduler=scheduler)
 
 

@@ -62,11 +62,11 @@ def inpaint(
     holes = holes.repeat_interleave(count // len(holes), dim=0)
 
     # Three draws, in the order that diffusers makes them: the image, the noise, the image without the masked part.
-    z = encode_pictures(sd, images, count, generator).contiguous() if strength < 1 or not nine else None
+    x0 = encode_pictures(sd, images, count, generator).contiguous() if strength < 1 or not nine else None
     noise = draw_noise(torch.Size((count, channels, *size)), generator, sd.device, sd.dtype)
     # The last is drawn in any case: the noise of later steps depends on how much was drawn before.
     outside = encode_pictures(sd, images * (pixels < 0.5), count, generator)
-    return denoise_region(sd, prompt, Region(holes, z, noise, outside), sampling, start, noised=strength < 1)
+    return denoise_region(sd, prompt, Region(holes, x0, noise, outside), sampling, start, noised=strength < 1)
 
 
 @dataclass

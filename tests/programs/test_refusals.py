@@ -7,6 +7,7 @@ from PIL import Image
 
 import minisd.diffusers as dialect
 from minisd.checkpoint.hub import embedded_model
+from tests.ids import stable_id
 
 FOLDER = embedded_model()
 NOT_COVERED = dialect.NotCoveredError
@@ -73,7 +74,7 @@ def test_arguments_that_another_pipeline_has(pipe):
         ({"unet": None}, "unet=None"),
         ({"quantization_config": object()}, "quantization_config"),
     ),
-    ids=str,
+    ids=stable_id,
 )
 def test_arguments_of_loading(settings, words):
     with pytest.raises(NOT_COVERED, match=words):

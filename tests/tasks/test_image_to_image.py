@@ -7,6 +7,7 @@ from PIL import Image
 
 import minisd
 from minisd.tasks import finish, image_to_image, psnr, read_picture
+from tests.ids import stable_id
 from tests.tasks.conftest import draw_disc, middle, pixels, refused, seeded
 
 # ------------------------------------------------ against diffusers
@@ -125,7 +126,7 @@ def test_a_batch_paints_what_its_members_paint_alone(emoji, disc, side):
         ({"generator": [seeded(), seeded()]}, "generator: 2 given"),
         ({"height": 100}, "height=100"),
     ),
-    ids=str,
+    ids=stable_id,
 )
 def test_impossible_settings(emoji, disc, settings, words):
     with pytest.raises(ValueError, match=words):
@@ -140,7 +141,7 @@ def test_impossible_settings(emoji, disc, settings, words):
         ({"start": 1}, "start=1: needs latents"),
         ({"prompt": torch.zeros(77, 8)}, "prompt has the shape"),
     ),
-    ids=str,
+    ids=stable_id,
 )
 def test_impossible_starts(ours, settings, words):
     with pytest.raises(ValueError, match=words):

@@ -8,6 +8,7 @@ from PIL import Image
 import minisd
 from minisd.tasks import finish, inpaint, psnr, read_picture
 from minisd.tasks.inpainting import to_mask
+from tests.ids import stable_id
 from tests.tasks.conftest import draw_disc, middle, pixels, refused, seeded
 from tests.unit.tiny import tiny_model
 
@@ -151,7 +152,7 @@ def test_a_batch_paints_what_its_members_paint_alone(emoji, disc, hole, side):
         ({"mask": "two"}, "mask: 2 given for 1 pictures"),
         ({"strength": 2.0}, "strength=2.0"),
     ),
-    ids=str,
+    ids=stable_id,
 )
 def test_impossible_settings(emoji, disc, hole, settings, words):
     settings = {"mask": hole, **settings}

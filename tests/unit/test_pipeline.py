@@ -11,6 +11,7 @@ import torch
 import minisd
 from minisd.pipeline import StableDiffusion, to_pictures
 from minisd.sampling import Step
+from tests.ids import stable_id
 from tests.unit.tiny import equal, tiny_model
 
 
@@ -101,7 +102,7 @@ def test_guidance_of_one_asks_once(sd, monkeypatch):
         {"seed": 2},
         {"clip_skip": 1},
     ),
-    ids=str,
+    ids=stable_id,
 )
 def test_every_setting_matters(sd, settings):
     plain = {"prompt": "cat", "steps": 2, "seed": 1}
@@ -133,7 +134,7 @@ def test_painting_changes_nothing(sd):
 # ------------------------------------------------ randomness
 
 
-@pytest.mark.parametrize("settings", ({}, {"eta": 1.0}, {"scheduler": "ddpm"}), ids=str)
+@pytest.mark.parametrize("settings", ({}, {"eta": 1.0}, {"scheduler": "ddpm"}), ids=stable_id)
 def test_a_seed_is_a_generator_is_a_picture(sd, settings):
     one = sd.text_to_image("cat", steps=2, seed=5, **settings)
     assert same(one, sd.text_to_image("cat", steps=2, seed=5, **settings))
@@ -179,7 +180,7 @@ def test_a_scheduler_of_ones_own(sd):
 LATENTS, BYTES = 2e-5, 1
 
 
-@pytest.mark.parametrize("settings", ({}, {"eta": 1.0}, {"scheduler": "ddpm"}), ids=str)
+@pytest.mark.parametrize("settings", ({}, {"eta": 1.0}, {"scheduler": "ddpm"}), ids=stable_id)
 def test_a_batch_paints_what_its_members_paint_alone(sd, settings):
     seeds = [3, 4, 5]
     settings = {"steps": 3, **settings}
@@ -278,7 +279,7 @@ def test_one_negative_prompt_serves_all(sd):
         ({"images_per_prompt": 3, "generator": [seeded(1), seeded(2)]}, "generator: 2 given; must be .* 3 samples"),
         ({"generator": []}, "generator: 0 given"),
     ),
-    ids=str,
+    ids=stable_id,
 )
 def test_impossible_settings(sd, settings, words):
     with pytest.raises(ValueError, match=words):
