@@ -49,14 +49,14 @@ def make_twin(scratch: Path) -> Path:
 
 def show(entries: list[Entry]) -> None:
     """The ledger as a Markdown table."""
-    print("| module | dtype | measured | allowed | diffusers' own rounding |")
+    print("| module | dtype | largest difference | error | allowed |")
     print("|---|---|---|---|---|")
     for entry in entries:
         dtype = str(entry.dtype).removeprefix("torch.")
-        measured = "0 (torch.equal)" if entry.difference == 0 else f"{entry.difference:.1e}"
-        allowed = "0" if entry.allowed == 0 else f"{entry.allowed:.1e}"
-        rounding = f"{entry.rounding:.1e}" if entry.dtype != torch.float32 else "-"
-        print(f"| {entry.module} | {dtype} | {measured} | {allowed} | {rounding} |")
+        difference = "0 (torch.equal)" if entry.difference == 0 else f"{entry.difference:.1e}"
+        error = "-" if entry.dtype == torch.float32 else f"{entry.error:.2e}"
+        allowed = "torch.equal" if entry.exact else f"{entry.allowed:.2e}"
+        print(f"| {entry.module} | {dtype} | {difference} | {error} | {allowed} |")
     versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}, transformers {transformers.__version__}"
     print(f"\nMeasured with {versions} on a CPU ({platform.machine()}).")
 

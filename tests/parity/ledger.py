@@ -2,11 +2,12 @@
 
 In float32 and float16 on a CPU the promise is torch.equal: 0 is allowed. bfloat16 is the one exception: minisd runs its
 convolutions with channels last, which is faster, and other kernels round differently. What is allowed then is not a
-number that somebody picked: diffusers in bfloat16 is some way from diffusers in float32 on the same input, its own
-rounding error. Two roundings may lie on two sides of the truth, so twice that is allowed.
+number that somebody picked. The truth is diffusers in float32; diffusers in bfloat16 has an error against it, its own
+rounding; minisd's error against the same truth may be at most SLACK times that. (Root mean squares, which a few unlucky
+elements do not move: measured ratios are 0.94 to 1.06.)
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,21 +16,31 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SCALES = (1.0, 0.01)  # of the input; the small one makes epsilons visible
+SLACK = 1.15  # of bfloat16's rounding
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the ledger; differences are the largest absolute ones, relative to the output's largest value."""
+    """One line of the ledger: the worst of several inputs."""
 
     module: str
     dtype: torch.dtype
-    difference: float  # minisd to diffusers, in this dtype
-    rounding: float  # diffusers in this dtype to diffusers in float32
+    difference: float  # minisd to diffusers, in this dtype: the largest, relative to the output's largest value
+    error: float  # minisd in this dtype to diffusers in float32, as a root mean square relative to the output's
+    rounding: float  # diffusers in this dtype to diffusers in float32, likewise
 
     @property
     def allowed(self) -> float:
-        convolves = self.module != "text encoder"
-        return 2 * self.rounding if self.dtype == torch.bfloat16 and convolves else 0.0
+        """The largest `error`; but where `difference` must be 0, the rounding itself."""
+        return self.rounding if self.exact else SLACK * self.rounding
+
+    @property
+    def exact(self) -> bool:
+        return self.dtype != torch.bfloat16 or self.module == "text encoder"
+
+    @property
+    def holds(self) -> bool:
+        return self.error <= self.allowed and (self.difference == 0 or not self.exact)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -82,19 +93,30 @@ MODULES: dict[str, Callable[[Any, Any, torch.dtype], Iterator[tuple[Tensor, Tens
 }
 
 
-def relative(a: Tensor, b: Tensor) -> float:
-    return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
+def largest(a: Tensor, b: Tensor) -> float:
+    """The largest difference, relative to b's largest value."""
+    return 0.0 if torch.equal(a, b) else float((a.float() - b.float()).abs().max() / b.float().abs().max())
+
+
+def root_mean_square(a: Tensor, b: Tensor) -> float:
+    """The root mean square of the difference, relative to b's."""
+    return float((a.float() - b.float()).norm() / b.float().norm())
 
 
 @torch.no_grad()
-def measure(pipelines: dict[torch.dtype, Any], models: dict[torch.dtype, Any]) -> list[Entry]:
+def measure(
+    pipelines: dict[torch.dtype, Any], models: dict[torch.dtype, Any], modules: Iterable[str] = tuple(MODULES)
+) -> list[Entry]:
     """Fill the ledger: diffusers' pipelines and minisd's models, by dtype, on the same weights."""
     entries = []
-    for module, compare in MODULES.items():
+    for module in modules:
+        compare = MODULES[module]
         exact = [reference for reference, _ in compare(pipelines[torch.float32], models[torch.float32], torch.float32)]
         for dtype in DTYPES:
             pairs = list(compare(pipelines[dtype], models[dtype], dtype))
-            difference = max(0.0 if torch.equal(a, b) else relative(b, a) for a, b in pairs)
-            rounding = max(relative(a, e) for (a, _), e in zip(pairs, exact, strict=True))
-            entries.append(Entry(module, dtype, difference, rounding))
+            lines = [
+                Entry(module, dtype, largest(b, a), root_mean_square(b, e), root_mean_square(a, e))
+                for (a, b), e in zip(pairs, exact, strict=True)
+            ]
+            entries.append(max(lines, key=lambda line: (line.difference, line.error / (line.allowed or 1))))
     return entries
