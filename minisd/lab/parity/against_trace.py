@@ -26,7 +26,7 @@ from minisd.lab.parity.sides import PipelineSide
 from minisd.lab.parity.telling import conclude, count
 from minisd.lab.parity.traces import TraceSide
 from minisd.lab.parity.verdict import DIFFERENT, SAME, UNKNOWN, ModulePair, Rung, Verdict, limit
-from minisd.module_names import source_of
+from minisd.lab.source import source_of
 
 RESULTS = ("text/context", "alphas_cumprod", "timesteps", "decode/images", "pixels")
 LOOK = 16.0  # R64 from here on is worth a look: a correct implementation that adds in another order has 1 to 5

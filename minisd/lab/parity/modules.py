@@ -19,7 +19,7 @@ from minisd.lab.parity.promote import widened
 from minisd.lab.parity.shadow import Loan, Observer, Shadow, copied, first_tensor, in_dtype, one_line
 from minisd.lab.parity.telling import conclude
 from minisd.lab.parity.verdict import DIFFERENT, UNKNOWN, ModulePair, Rung, Verdict
-from minisd.module_names import source_of
+from minisd.lab.source import source_of
 
 
 class Function(nn.Module):

@@ -16,7 +16,7 @@ from minisd.lab.parity.promote import as_written, float64
 from minisd.lab.parity.resemblance import describe
 from minisd.lab.parity.shadow import Call, match, measure
 from minisd.lab.parity.verdict import DIFFERENT, PRECISION, SAME, Verdict, limit
-from minisd.module_names import module_names
+from minisd.lab.module_names import module_names
 from tests.lab.parity.small import small_model
 
 # ---- float64, whatever the code says ---------------------------------------------------------------------
