@@ -125,7 +125,7 @@ def looking(html: str | None) -> Any:
 
 def judged(a: str | None, b: str | None, demo: str | None, case: dict[str, Any], observe: Any, progress: Any) -> Any:
     """The verdict, whichever way it was asked for."""
-    from minisd.lab.parity.opening import compare
+    from minisd.lab.parity.compare import compare
 
     if demo is not None:
         return demonstrated(demo, a, b, case, observe, progress)
@@ -137,7 +137,7 @@ def judged(a: str | None, b: str | None, demo: str | None, case: dict[str, Any],
 
 
 def told(verdict: Any, every: bool) -> Any:
-    from minisd.lab.parity.telling import lines
+    from minisd.lab.parity.text import lines
 
     return lines(verdict, every_pair=every)
 
@@ -168,7 +168,7 @@ def list_bugs() -> int:
 def demonstrated(bug: str, a: str | None, b: str | None, case: dict[str, Any], observe: Any, progress: Any) -> Any:
     """Plant a bug in a copy, and compare."""
     from minisd.lab.parity.bugs import BUGS
-    from minisd.lab.parity.demo import demonstrate
+    from minisd.lab.parity.bugs import demonstrate
 
     if b is not None:
         raise ValueError("--demo makes B itself: give A only, or nothing")
@@ -180,7 +180,7 @@ def demonstrated(bug: str, a: str | None, b: str | None, case: dict[str, Any], o
 def reproduced(path: str, b: str | None, case: dict[str, Any], observe: Any, progress: Any) -> Any:
     """A bundle's case again. What is not as it was stands among the verdict's notes."""
     from minisd.lab.parity import bundle
-    from minisd.lab.parity.opening import compare
+    from minisd.lab.parity.compare import compare
 
     if b is not None or case:
         raise ValueError(f"{path}: a bundle has its own sides and its own case: give nothing else")
@@ -207,7 +207,8 @@ def trace(side: str, output: str, exact: bool, quiet: bool, **options: Any) -> N
     step.0/previous, decode/z, decode/images, pixels; step.0/unet.down.0.resnet for a module's output, with :0, :1 for
     its inputs (see `minisd taps --list` for names). All are optional.
     """
-    from minisd.lab.parity.opening import case_for, open_side
+    from minisd.lab.parity.compare import case_for
+    from minisd.lab.parity.opening import open_side
     from minisd.lab.parity.sides import PipelineSide
     from minisd.lab.parity.traces import write
 

@@ -8,7 +8,8 @@
 A name is minisd's (`unet.down.4.resnet`), diffusers' (`down_blocks.1.attentions.1`) or CompVis'
 (`model.diffusion_model.input_blocks.5.0`), with `*` for anything. There are taps on every module's output, and on
 tensors that no module returns: attention weights, residual connections, the sinusoidal timestep embedding, both noise
-predictions of classifier-free guidance, latents and predicted clean latents (x0) of each step. `minisd taps --list` shows all of them.
+predictions of classifier-free guidance, latents and predicted clean latents (x0) of each step. `minisd taps --list`
+shows all of them.
 
 Reading changes no bit of the result. Statistics stream; tensors are kept only if asked for. Hooks are gone afterwards,
 after an exception too. In: a model and patterns. Out: `Reading`s.

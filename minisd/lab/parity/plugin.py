@@ -35,7 +35,7 @@ def parity(request: pytest.FixtureRequest) -> Callable[..., "Verdict"]:
         names: Mapping[str, str] | None = None,
     ) -> "Verdict":
         __tracebackhide__ = True
-        from minisd.lab.parity.modules import compare_modules
+        from minisd.lab.parity.compare import compare_modules
 
         verdict = compare_modules(
             reference, candidate, [scaled(inputs, scale) for scale in SCALES], names=names,

@@ -29,7 +29,8 @@ Results in float64 allow a verdict, others an R64: sameness is told only of a tr
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,10 @@ from torch import Tensor
 import minisd
 from minisd.checkpoint.errors import CheckpointError
 from minisd.checkpoint.textfiles import write_whole
+from minisd.lab.hooks import Listener
+from minisd.lab.parity.calls import first_tensor, tensors_in
 from minisd.lab.parity.cases import Case
 from minisd.lab.parity.promote import float64
-from minisd.lab.parity.shadow import first_tensor, tensors_in
 from minisd.lab.parity.sides import PipelineSide, Side
 
 FORMAT = "minisd.trace"
@@ -95,7 +97,7 @@ def recorded(side: PipelineSide, case: Case, latents: Tensor) -> dict[str, Tenso
     told: dict[str, Tensor] = {"tokens": tokens, "noise": latents}
     told["alphas_cumprod"] = torch.as_tensor(side.scheduler().alphas_cumprod)
     told["timesteps"] = torch.stack([call.timestep.flatten()[0] for call in run.unet])
-    with Recorder(side, "text_encoder", "text", told):
+    with recording(side, "text_encoder", "text", told):
         told["text/context"] = side.embed(tokens)
     for index, (call, step) in enumerate(zip(run.unet, run.steps, strict=True)):
         here = f"step.{index}/"
@@ -103,39 +105,32 @@ def recorded(side: PipelineSide, case: Case, latents: Tensor) -> dict[str, Tenso
         told |= {f"{here}noise": call.noise, f"{here}guided": step.noise}
         told |= {f"{here}sample": step.sample, f"{here}previous": step.previous}
     first = run.unet[0]
-    with Recorder(side, "unet", "step.0", told):
+    with recording(side, "unet", "step.0", told):
         told["step.0/noise"] = side.predict(first.latents, first.timestep, first.context)
     told["decode/z"] = run.z
-    with Recorder(side, "vae", "decode", told):
+    with recording(side, "vae", "decode", told):
         told["decode/images"] = side.decode(run.z)
     told["pixels"] = side.pixels(told["decode/images"].float())
     return {name: tensor.detach().contiguous().clone() for name, tensor in told.items()}
 
 
-class Recorder:
-    """Writes down what goes into and comes out of every module of a component that has a name in the key table."""
+@contextmanager
+def recording(side: PipelineSide, component: str, stage: str, told: dict[str, Tensor]) -> Iterator[None]:
+    """Record the inputs and the output of every module of a component that has a name in the key table."""
+    network = side.networks[component]
 
-    def __init__(self, side: PipelineSide, component: str, stage: str, told: dict[str, Tensor]) -> None:
-        self.network, self.stage, self.told = side.networks[component], stage, told
-        self.hooks: list[Any] = []
+    def notes(name: str) -> Callable[[Any, Any, Any], None]:
+        def hear(args: Any, kwargs: Any, output: Any) -> None:
+            told[name] = first_tensor(output)
+            told.update({f"{name}:{index}": tensor for index, tensor in enumerate(tensors_in((args, kwargs)))})
 
-    def __enter__(self) -> None:
-        for path, canonical in self.network.canonical.items():
-            name = f"{self.stage}/{self.network.component}.{canonical}".rstrip(".")
-            module = self.network.root.get_submodule(path)
-            self.hooks.append(module.register_forward_hook(self.writes(name), with_kwargs=True))
+        return hear
 
-    def writes(self, name: str) -> Any:
-        def hook(_: Any, args: Any, kwargs: Any, output: Any) -> None:
-            self.told[name] = first_tensor(output)
-            for index, tensor in enumerate(tensors_in((args, kwargs))):
-                self.told[f"{name}:{index}"] = tensor
-
-        return hook
-
-    def __exit__(self, *_: Any) -> None:
-        for hook in self.hooks:
-            hook.remove()
+    with Listener() as listener:
+        for path, canonical in network.canonical.items():
+            name = f"{stage}/{component}.{canonical}".rstrip(".")
+            listener.after(network.root.get_submodule(path), notes(name))
+        yield
 
 
 def write(path: str | os.PathLike[str], side: PipelineSide, case: Case, *, exact: bool = False) -> int:
