@@ -167,8 +167,7 @@ def list_bugs() -> int:
 
 def demonstrated(bug: str, a: str | None, b: str | None, case: dict[str, Any], observe: Any, progress: Any) -> Any:
     """Plant a bug in a copy, and compare."""
-    from minisd.lab.parity.bugs import BUGS
-    from minisd.lab.parity.bugs import demonstrate
+    from minisd.lab.parity.bugs import BUGS, demonstrate
 
     if b is not None:
         raise ValueError("--demo makes B itself: give A only, or nothing")
