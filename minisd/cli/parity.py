@@ -79,6 +79,15 @@ def parity(
     python:package.module:function; a PATH may end in @float16 or @bfloat16. Both are run in float64, so that no
     tolerance has to be chosen: what differs there is another function, what differs only in float32 is rounding.
 
+    A python: function returns a module of your own and a name map, from its own paths to names in minisd, diffusers or
+    CompVis' code; "" is the module itself, and modules inside that are not named are paired by their weights:
+
+    \b
+        def my_resnet():
+            return MyBlock(...), {"": "unet.down.0.resnet", "first_norm": "unet.down.0.resnet.norm1"}
+
+    Or, with one parameter, it computes named tensors from named tensors, as in a trace (see `minisd trace --help`).
+
     Or A is a bundle, CASE.zip, that --save wrote: the same case again, on its own sides.
 
     Exit status: 0 the same function, 1 different functions, 2 cannot tell, or bad input.

@@ -371,6 +371,10 @@ class Function(nn.Module):
         return self.function(*args, **kwargs)
 
 
+def as_module(thing: Callable[..., Any]) -> nn.Module:
+    return thing if isinstance(thing, nn.Module) else Function(thing)
+
+
 def compare_modules(
     a: Callable[..., Any],
     b: Callable[..., Any],
@@ -389,8 +393,8 @@ def compare_modules(
     if not inputs:
         raise ValueError("compare_modules needs at least one tuple of inputs")
     started = time.perf_counter()
-    one, other = (thing if isinstance(thing, nn.Module) else Function(thing) for thing in (a, b))
-    replay = Replay((one, other), pair_modules(one, other, names), observe, exact=True)
+    one, other = as_module(a), as_module(b)
+    replay = Replay((one, other), pair_modules(one, other, names, titles), observe, exact=True)
     rungs = []
     for index, arguments in enumerate(inputs):
         wide = widened(tuple(arguments))

@@ -122,17 +122,22 @@ def nearest(path: str, named: Mapping[str, str]) -> str:
 # ---- two modules without a component ---------------------------------------------------------------------
 
 
-def pair_modules(a: nn.Module, b: nn.Module, names: Mapping[str, str] | None) -> list[Twins]:
+def pair_modules(
+    a: nn.Module, b: nn.Module, names: Mapping[str, str] | None, titles: tuple[str, str] = ("A", "B")
+) -> list[Twins]:
     """Twins by `names` (B's path -> A's), or by equal paths; the two themselves in any case.
 
     Raises ValueError for a path that is not there.
     """
+    if names is not None and not isinstance(names, Mapping):
+        raise ValueError(f"names: must be a dict from paths in {titles[1]} to paths in {titles[0]}")
     mine, theirs = dict(a.named_modules()), dict(b.named_modules())
     pairs = {mine_path: path for path, mine_path in names.items()} if names is not None else {p: p for p in mine}
-    for where, paths, modules in (("A", pairs.keys(), mine), ("B", pairs.values(), theirs)):
+    for title, paths, modules in ((titles[0], pairs.keys(), mine), (titles[1], pairs.values(), theirs)):
         strange = [path for path in paths if path not in modules] if names is not None else []
         if strange:
-            raise ValueError(f"names: {where} has no module {strange[0]!r}; it has {', '.join(list(modules)[1:6])} ...")
+            have = ", ".join(list(modules)[1:6])
+            raise ValueError(f"names: {title} has no module {strange[0]!r}; it has {have or 'none'} ...")
     found = [
         Twins(path, path, pairs[path], module, theirs[pairs[path]])
         for path, module in mine.items()

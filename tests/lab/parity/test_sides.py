@@ -227,6 +227,38 @@ def test_an_epsilon_in_a_resnet_of_ones_own(model):
     assert "eps 1e-05 (A), 1e-06 (B)" in verdict.cause
 
 
+def test_modules_without_names_are_paired_by_their_weights(model):
+    verdict = compare(model, f"{HERE}:resnet_without_names", CASE)
+    assert verdict.word == SAME and {pair.name.rpartition(".")[2] for pair in verdict.pairs} == {
+        "resnet", "norm1", "conv1", "time", "norm2", "conv2",
+    }  # fmt: skip
+    assert verdict.compared.startswith("6 modules in ") and verdict.compared.endswith(
+        "inside it paired by their weights"
+    )
+    wrong = compare(model, f"{HERE}:wrong_resnet_without_names", CASE)
+    assert wrong.culprits == ["unet.down.0.resnet.norm1"] and "eps 1e-05 (A), 1e-06 (B)" in wrong.cause
+
+
+def test_a_weight_that_is_off_is_found_without_names(model):
+    verdict = compare(model, f"{HERE}:one_weight_off_without_names", CASE)
+    assert (
+        verdict.culprits == ["unet.down.0.resnet.conv1"] and "differ, by" in verdict.cause
+    )
+
+
+def test_what_weights_alone_pair_is_no_culprit_of_a_function_that_is_the_same(model):
+    verdict = compare(model, f"{HERE}:scaled_resnet_without_names", CASE)
+    assert (verdict.word, verdict.culprits) == (SAME, [])
+
+
+def test_what_was_compared_is_told_where_there_is_no_ladder(model, tmp_path):
+    result = minisd("parity", model, f"{HERE}:resnet_without_names", *SMALL, "--html", str(tmp_path / "r.html"))
+    assert "\ncompared: 6 modules in " in result.stdout and "R64" not in result.stdout.split("compared:")[1]
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "Compared: 6 modules in " in page and "The ladder" not in page
+    assert '{"": "unet.down.0.resnet", "first_norm": "unet.down.0.resnet.norm1"}' in minisd("parity", "-h").stdout
+
+
 def test_numpy(model):
     verdict = compare(f"{HERE}:numpy_clip", model, CASE)
     assert verdict.word == SAME and verdict.rung("text embedding").r64 < 16
