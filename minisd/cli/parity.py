@@ -97,6 +97,32 @@ def parity(
     """
     if demo == "list":
         return list_bugs()
+    check_request(a, b, demo, html, save)
+    quiet = options.pop("quiet")
+    case = case_of(options)
+    evidence = None
+    if html is not None:
+        from minisd.lab.parity.evidence import Evidence
+
+        evidence = Evidence()
+    try:
+        verdict = judged(a, b, demo, case, evidence, progress(quiet))
+    except PLAIN:
+        raise
+    except Exception as error:  # exit status 1 is a verdict: a failure must not look like one
+        raise ValueError(f"the comparison broke off ({type(error).__name__}: {error})") from error
+    finally:
+        done(quiet)
+    from minisd.lab.parity.text import lines
+
+    click.echo(json.dumps(verdict.as_dict()) if as_json else "\n".join(lines(verdict, every_pair=every)))
+    for path in written(verdict, evidence, html, save, (a, b), demo):
+        click.echo(path, err=as_json)
+    return verdict.exit_status
+
+
+def check_request(a: str | None, b: str | None, demo: str | None, html: str | None, save: str | None) -> None:
+    """Raise ValueError, before the work begins, for files that cannot be written and for missing sides."""
     for path, ending in ((html, ".html"), (save, ".zip")):
         if path is not None and not (path.endswith(ending) and Path(path).absolute().parent.is_dir()):
             raise ValueError(f"{path}: must be a name that ends in {ending}, in a folder that exists")
@@ -106,30 +132,6 @@ def parity(
         from minisd.lab.parity import bundle
 
         bundle.check_sides(Path(save), (None, None) if demo else (a, b))
-    quiet = options.pop("quiet")
-    case = case_of(options)
-    evidence = looking(html)
-    try:
-        verdict = judged(a, b, demo, case, evidence, progress(quiet))
-    except PLAIN:
-        raise
-    except Exception as error:  # exit status 1 is a verdict: a failure must not look like one
-        raise ValueError(f"the comparison broke off ({type(error).__name__}: {error})") from error
-    finally:
-        done(quiet)
-    click.echo(json.dumps(verdict.as_dict()) if as_json else "\n".join(told(verdict, every)))
-    for path in written(verdict, evidence, html, save, (a, b), demo):
-        click.echo(path, err=as_json)
-    return verdict.exit_status
-
-
-def looking(html: str | None) -> Any:
-    """What looks at every tensor for the report; None where there will be none."""
-    if html is None:
-        return None
-    from minisd.lab.parity.evidence import Evidence
-
-    return Evidence()
 
 
 def judged(a: str | None, b: str | None, demo: str | None, case: dict[str, Any], observe: Any, progress: Any) -> Any:
@@ -143,12 +145,6 @@ def judged(a: str | None, b: str | None, demo: str | None, case: dict[str, Any],
     if a is None or b is None:
         raise ValueError("parity needs two sides to compare (see `minisd parity --help`), or --demo")
     return compare(a, b, case, observe=observe, progress=progress)
-
-
-def told(verdict: Any, every: bool) -> Any:
-    from minisd.lab.parity.text import lines
-
-    return lines(verdict, every_pair=every)
 
 
 def written(verdict: Any, evidence: Any, html: str | None, save: str | None, sides: Any, demo: str | None) -> Any:

@@ -214,12 +214,12 @@ def torch_with(**functions: Any) -> Any:
     return SimpleNamespace(**{**vars(torch), **functions})
 
 
-def method(culprit: str, function: Callable[..., Any], part: str = "") -> Plant:
-    """Give the model, or a part of it, another method of the function's name."""
+def method(culprit: str, name: str, function: Callable[..., Any], part: str = "") -> Plant:
+    """Give the model, or a part of it, another method."""
 
     def plant(side: PipelineSide) -> list[str]:
         owner = getattr(side.model, part) if part else side.model
-        setattr(owner, function.__name__, MethodType(function, owner))
+        setattr(owner, name, MethodType(function, owner))
         return [culprit]
 
     return plant
@@ -233,7 +233,7 @@ def scheduler(alter: Callable[[Any], None]) -> Plant:
         alter(made)
         return made
 
-    return method("", make_scheduler)
+    return method("", "make_scheduler", make_scheduler)
 
 
 # ---- the mistakes' own code ------------------------------------------------------------------------------
@@ -340,8 +340,7 @@ def padding_token(side: PipelineSide) -> list[str]:
     return ["tokens"]
 
 
-def encode(self: Any, images: Tensor) -> Any:
-    """The VAE's, without the clamp of the log variance."""
+def logvar_not_clamped(self: Any, images: Tensor) -> Any:
     gaussian = type(self).encode(self, images)
     gaussian.logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)[1]
     return gaussian
@@ -361,7 +360,7 @@ def guidance(combine: Callable[[Tensor, Tensor, float], Tensor]) -> Plant:
         eps = combine(negative, positive, scale)
         return minisd.pipeline.rescale_guidance(eps, positive, rescale) if rescale > 0 else eps
 
-    return method("guidance", predict_noise)
+    return method("guidance", "predict_noise", predict_noise)
 
 
 def rescaled_by_channel(eps: Tensor, positive: Tensor, amount: float) -> Tensor:
@@ -369,33 +368,25 @@ def rescaled_by_channel(eps: Tensor, positive: Tensor, amount: float) -> Tensor:
     return amount * eps * spread + (1 - amount) * eps
 
 
-def predict_noise(self: Any, *args: Any) -> Tensor:
-    """With guidance rescaled channel by channel."""
+def guidance_by_channel(self: Any, *args: Any) -> Tensor:
     with changed(minisd.pipeline, "rescale_guidance", rescaled_by_channel):
         return type(self).predict_noise(self, *args)
 
 
-def initial_noise(self: Any, shape: tuple[int, ...], generator: Any, latents: Tensor | None) -> Tensor:
-    """Drawn with the channels last."""
+def channels_drawn_last(self: Any, shape: tuple[int, ...], generator: Any, latents: Tensor | None) -> Tensor:
     if latents is not None:
         return type(self).initial_noise(self, shape, generator, latents)
     size = torch.Size((shape[0], shape[2], shape[3], shape[1]))
     return draw_noise(size, generator, self.device, self.dtype).permute(0, 3, 1, 2)
 
 
-def reversed_prompts(side: PipelineSide) -> list[str]:
-    def encode_prompt(self: Any, prompts: Any, negatives: Any, *rest: Any) -> Tensor:
-        return type(self).encode_prompt(self, prompts[::-1], negatives, *rest)
-
-    return method("UNet context", encode_prompt)(side)
+def prompts_reversed(self: Any, prompts: Any, negatives: Any, *rest: Any) -> Tensor:
+    return type(self).encode_prompt(self, prompts[::-1], negatives, *rest)
 
 
-def interleaved(side: PipelineSide) -> list[str]:
-    def encode_prompt(self: Any, prompts: Any, negatives: Any, images_per_prompt: int = 1, *rest: Any) -> Tensor:
-        halves = type(self).encode_prompt(self, prompts, negatives, 1, *rest).chunk(1 if negatives is None else 2)
-        return torch.cat([half.repeat(images_per_prompt, 1, 1) for half in halves])
-
-    return method("UNet context", encode_prompt)(side)
+def interleaved(self: Any, prompts: Any, negatives: Any, images_per_prompt: int = 1, *rest: Any) -> Tensor:
+    halves = type(self).encode_prompt(self, prompts, negatives, 1, *rest).chunk(1 if negatives is None else 2)
+    return torch.cat([half.repeat(images_per_prompt, 1, 1) for half in halves])
 
 
 def betas_in_float64(made: Any) -> None:
@@ -526,7 +517,8 @@ TABLE = (
         forward("text_encoder", second_last_layer)),
     Bug("padding-token", "prompts padded with token 0", padding_token),
     # The VAE.
-    Bug("logvar", "the log variance of the VAE not clamped", method("VAE moments", encode, "vae"), "logvar"),
+    Bug("logvar", "the log variance of the VAE not clamped",
+        method("VAE moments", "encode", logvar_not_clamped, "vae"), "logvar"),
     Bug("scaling-factor", "latents scaled by another factor before the VAE", scaling_factor, "ddim"),
     Bug("pixels-truncated", "bytes cut instead of rounded (CompVis, kjsman, hkproj)", pixels_truncated, "ddim"),
     # The loop and the schedule.
@@ -535,7 +527,7 @@ TABLE = (
     Bug("guidance-formula", "guidance counted from the prompt's own prediction",
         guidance(lambda negative, positive, scale: positive + scale * (positive - negative))),
     Bug("guidance-rescale", "guidance rescaled channel by channel",
-        method("guidance", predict_noise), "ddim", lab=False),
+        method("guidance", "predict_noise", guidance_by_channel), "ddim", lab=False),
     Bug("final-alpha", "a last step that ends at alpha 1 (tinygrad)",
         schedule("final alpha", set_alpha_to_one=True), "ddim"),
     Bug("final-alpha-by-hand", "a scheduler whose final alpha was set by hand", final_alpha_by_hand, lab=False),
@@ -550,10 +542,12 @@ TABLE = (
     Bug("v-prediction", "noise prediction taken for velocity", schedule("latents", prediction_type="v_prediction")),
     Bug("ddpm-final-alpha", "DDPM's last step ending where DDIM's does", scheduler(ends_as_ddim), "ddpm", lab=False),
     Bug("ddpm-last-noise", "DDPM without noise at its last step", scheduler(no_noise_at_the_end), "ddpm", lab=False),
-    Bug("noise-order", "the initial noise drawn in another order of axes", method("initial noise", initial_noise)),
-    Bug("context-swapped", "the prompts of a batch in the wrong order", reversed_prompts),
+    Bug("noise-order", "the initial noise drawn in another order of axes",
+        method("initial noise", "initial_noise", channels_drawn_last)),
+    Bug("context-swapped", "the prompts of a batch in the wrong order",
+        method("UNet context", "encode_prompt", prompts_reversed)),
     Bug("interleaved", "images of a prompt in the order a, b, a, b instead of a, a, b, b",
-        interleaved, "ddim", lab=False),
+        method("UNet context", "encode_prompt", interleaved), "ddim", lab=False),
 )  # fmt: skip
 
 BUGS = {bug.name: bug for bug in TABLE if bug.lab}

@@ -83,9 +83,17 @@ def pair_networks(a: Network, b: Network) -> list[Twins]:
     ]
     if not twins:
         raise ValueError(f"{a.component}: A and B have no module in common by name; give a name map")
+    return with_parents(twins)
+
+
+def with_parents(twins: list[Twins]) -> list[Twins]:
+    """Each twin with the name of the closest one around it."""
     by_path = {twin.a_path: twin.name for twin in twins}
     for twin in twins:
-        twin.parent = nearest(twin.a_path, by_path)
+        path = twin.a_path
+        while path and not twin.parent:
+            path = path.rpartition(".")[0]
+            twin.parent = by_path.get(path, "")
     return twins
 
 
@@ -108,15 +116,6 @@ def display_names(a: Network, b: Network, paths: Mapping[str, str]) -> dict[str,
         full = f"{a.component}.{name}".rstrip(".")
         names[path] = full if full not in names.values() else f"{a.component}.{path}"
     return names
-
-
-def nearest(path: str, named: Mapping[str, str]) -> str:
-    """The name of the closest module around `path` that is in `named`."""
-    while path:
-        path = path.rpartition(".")[0]
-        if path in named:
-            return named[path]
-    return ""
 
 
 # ---- two modules without a component ---------------------------------------------------------------------
@@ -143,11 +142,7 @@ def pair_modules(
         for path, module in mine.items()
         if path and pairs.get(path) in theirs and not isinstance(module, LISTS)
     ]
-    twins = [Twins("(whole)", "", "", a, b), *found]
-    by_path = {twin.a_path: twin.name for twin in twins}
-    for twin in found:
-        twin.parent = nearest(twin.a_path, by_path)
-    return twins
+    return with_parents([Twins("(whole)", "", "", a, b), *found])
 
 
 # ---- a part without names --------------------------------------------------------------------------------

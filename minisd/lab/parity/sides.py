@@ -19,7 +19,7 @@ from minisd.lab.parity.calls import first_tensor
 from minisd.lab.parity.cases import Case
 from minisd.lab.parity.pairing import Network
 from minisd.lab.parity.promote import as_written
-from minisd.lab.parity.trajectory import Trajectory, records_decoder, records_step, records_text, records_unet
+from minisd.lab.parity.trajectory import Trajectory, recording
 
 TABLES = ("alphas_cumprod", "final_alpha_cumprod")
 
@@ -94,11 +94,12 @@ class PipelineSide(Side):
     def trajectory(self, case: Case, latents: Tensor, playback: Trajectory | None = None) -> Trajectory:
         """Run the loop from `latents`. With `playback` the networks return what they did there, and are not run."""
         heard, scheduler = Trajectory(), self.scheduler()
+        around = recording(heard, self.answer, playback)
         with Listener() as listener:
-            listener.around(self.model.text_encoder, "forward", records_text(heard, self.answer, playback))
-            listener.around(self.model.unet, "forward", records_unet(heard, self.answer, playback))
-            listener.around(self.model.vae, "decode", records_decoder(heard, self.answer, playback))
-            listener.around(scheduler, "step", records_step(heard))
+            listener.around(self.model.text_encoder, "forward", around["text_encoder"])
+            listener.around(self.model.unet, "forward", around["unet"])
+            listener.around(self.model.vae, "decode", around["vae"])
+            listener.around(scheduler, "step", around["step"])
             self.run(case, latents, scheduler)
         return heard
 

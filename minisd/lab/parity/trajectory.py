@@ -62,70 +62,56 @@ class Trajectory:
         return call.noise[matching_rows((latents, context), (call.latents, call.context))]
 
 
-def first_arguments(args: Any, kwargs: Any, count: int) -> list[Any]:
-    """The first `count` arguments of a call, in the order in which they were written."""
-    return [*args, *kwargs.values()][:count]
+def recording(heard: Trajectory, answer: Answer, playback: Trajectory | None) -> dict[str, Wrapper]:
+    """What wraps the method of each part of a pipeline: it writes its calls into `heard`.
+
+    With `playback` a network is not computed where that run has its output; `answer` gives it the form that the loop
+    expects.
+    """
+
+    def text(ids: Tensor) -> Tensor | None:
+        rows = [playback.embedding_of(row) for row in ids] if playback else []
+        return None if not rows or any(row is None for row in rows) else torch.stack(rows)  # type: ignore[arg-type]
+
+    def hear_text(output: Any, ids: Tensor) -> None:
+        heard.tokens.append(ids)
+        heard.embeddings.append(first_tensor(output))
+
+    def unet(latents: Tensor, timestep: Any, context: Tensor) -> Tensor | None:
+        return playback.noise_for(len(heard.unet), latents, context) if playback else None
+
+    def hear_unet(output: Any, latents: Tensor, timestep: Any, context: Tensor) -> None:
+        heard.unet.append(UNetCall(latents, torch.as_tensor(timestep), context, first_tensor(output)))
+
+    def hear_decoder(output: Any, z: Tensor) -> None:
+        heard.z, heard.images = z, first_tensor(output)
+
+    def hear_step(result: Any, noise: Tensor, timestep: Any, sample: Tensor) -> None:
+        previous = next(iter(result.values() if isinstance(result, Mapping) else result))
+        heard.steps.append(StepCall(noise, torch.as_tensor(timestep), sample, previous))
+
+    return {
+        "text_encoder": wrapper(1, text, hear_text, answer),
+        "unet": wrapper(3, unet, hear_unet, answer, copies=True),
+        "vae": wrapper(1, lambda _: playback.images if playback else None, hear_decoder, answer),
+        "step": wrapper(3, lambda *_: None, hear_step, answer),
+    }
 
 
-# ---- wrappers of methods: they write down a call, and with `playback` answer it from another run ---------------
+def wrapper(count: int, play: Method, hear: Method, answer: Answer, *, copies: bool = False) -> Wrapper:
+    """Around a method whose first `count` arguments matter: answered by `play`, if that knows; heard by `hear`."""
 
-
-def records_text(heard: Trajectory, answer: Answer, playback: Trajectory | None) -> Wrapper:
     def around(original: Method) -> Method:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            (ids,) = first_arguments(args, kwargs, 1)
-            rows = [playback.embedding_of(row) for row in ids] if playback else [None]
-            known = [row for row in rows if row is not None]
-            output = answer(torch.stack(known)) if len(known) == len(ids) else original(*args, **kwargs)
-            heard.tokens.append(ids)
-            heard.embeddings.append(first_tensor(output))
+        def call(*args: Any, **kwargs: Any) -> Any:
+            given = [*args, *kwargs.values()][:count]
+            if copies:  # the loop goes on to write into them
+                given = [torch.as_tensor(one).clone() for one in given]
+            known = play(*given)
+            output = original(*args, **kwargs) if known is None else answer(known)
+            hear(output, *given)
             return output
 
-        return forward
-
-    return around
-
-
-def records_unet(heard: Trajectory, answer: Answer, playback: Trajectory | None) -> Wrapper:
-    def around(original: Method) -> Method:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            latents, t, context = (torch.as_tensor(one).clone() for one in first_arguments(args, kwargs, 3))
-            if playback is None:
-                output = original(*args, **kwargs)
-            else:
-                output = answer(playback.noise_for(len(heard.unet), latents, context))
-            heard.unet.append(UNetCall(latents, t, context, first_tensor(output)))
-            return output
-
-        return forward
-
-    return around
-
-
-def records_decoder(heard: Trajectory, answer: Answer, playback: Trajectory | None) -> Wrapper:
-    def around(original: Method) -> Method:
-        def decode(*args: Any, **kwargs: Any) -> Any:
-            (heard.z,) = first_arguments(args, kwargs, 1)
-            known = playback.images if playback is not None else None
-            output = answer(known) if known is not None else original(*args, **kwargs)
-            heard.images = first_tensor(output)
-            return output
-
-        return decode
-
-    return around
-
-
-def records_step(heard: Trajectory) -> Wrapper:
-    def around(original: Method) -> Method:
-        def step(*args: Any, **kwargs: Any) -> Any:
-            noise, t, sample = first_arguments(args, kwargs, 3)
-            result = original(*args, **kwargs)
-            previous = next(iter(result.values() if isinstance(result, Mapping) else result))
-            heard.steps.append(StepCall(noise, torch.as_tensor(t), sample, previous))
-            return result
-
-        return step
+        return call
 
     return around
 
