@@ -1,4 +1,4 @@
-"""The parity lab's commands: parity, trace, taps. Only click is imported here; `minisd/cli.py` takes them in."""
+"""The parity lab's commands: parity, trace, taps. Only click is imported here."""
 
 import json
 import sys
@@ -43,7 +43,7 @@ def case_of(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def progress(quiet: bool) -> Any:
-    """A line on standard error that says what is at work, where somebody watches."""
+    """What is at work, as one line on standard error, if that is a terminal."""
     if quiet or not sys.stderr.isatty():
         return lambda _: None
     return lambda what: click.echo(f"\r\033[K{what}", err=True, nl=False)
@@ -57,7 +57,7 @@ def done(quiet: bool) -> None:
 @click.command()
 @click.argument("a", required=False)
 @click.argument("b", required=False)
-@click.option("--demo", is_flag=False, flag_value="eps-resnet", metavar="[BUG]", help="Plant a bug and find it.")
+@click.option("--demo", is_flag=False, flag_value="eps-resnet", metavar="[BUG]", help="Plant a mistake and find it.")
 @click.option("--all", "every", is_flag=True, help="Show every pair of modules, not only the culprits.")
 @click.option("--html", metavar="FILE.html", help="Also write a report: one file, to be read offline.")
 @click.option("--save", metavar="CASE.zip", help="Also write a bundle: what somebody else needs to see this again.")
@@ -182,7 +182,7 @@ def demonstrated(bug: str, a: str | None, b: str | None, case: dict[str, Any], o
 
 
 def reproduced(path: str, b: str | None, case: dict[str, Any], observe: Any, progress: Any) -> Any:
-    """A bundle's case again. What is not as it was stands among the verdict's notes."""
+    """A bundle's case again. What is not as it was is among the verdict's notes."""
     from minisd.lab.parity import bundle
     from minisd.lab.parity.compare import compare
 
@@ -202,7 +202,7 @@ def reproduced(path: str, b: str | None, case: dict[str, Any], observe: Any, pro
 @click.option("--float64", "exact", is_flag=True, help="Compute in float64: a trace that allows a verdict.")
 @case_options
 def trace(side: str, output: str, exact: bool, quiet: bool, **options: Any) -> None:
-    """Write down what SIDE (minisd:PATH or diffusers:PATH) computes: inputs, every stage, every module.
+    """Record what SIDE (minisd:PATH or diffusers:PATH) computes: inputs, every stage, every module.
 
     The file is what `minisd parity trace:FILE.safetensors minisd:PATH` reads. Programs in any language can write one:
     named tensors in safetensors' format, and in its metadata "minisd.trace": "1" and, as JSON, "case" with prompts,

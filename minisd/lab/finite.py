@@ -98,7 +98,7 @@ class Trace:
                 return
 
     def lines(self) -> Iterator[str]:
-        """The findings for a person: the origin, then each block's largest magnitude and its share of the range."""
+        """The findings as text: the origin, then each block's largest magnitude and its share of the range."""
         dtype = self.model.dtype
         most = torch.finfo(dtype).max
         yield str(self.first) if self.first is not None else "every value is finite"

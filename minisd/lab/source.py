@@ -1,4 +1,4 @@
-"""In which line of which file a module's code stands. This file needs the standard library only."""
+"""The file and line of a module's code. This file needs the standard library only."""
 
 import inspect
 import os

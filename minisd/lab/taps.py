@@ -442,7 +442,7 @@ def points_at(name: str, aliases: tuple[str, ...], module: nn.Module, source: st
 
 
 def enclosing(root: nn.Module, path: str) -> str:
-    """Where the code stands that computes a module: its own, or for torch's layers that of the block around it."""
+    """Where the code is that computes a module: its own, or for torch's layers that of the block around it."""
     module = root.get_submodule(path)
     while path and not type(module).__module__.startswith("minisd"):
         path = path.rpartition(".")[0]
@@ -463,7 +463,7 @@ class Row:
 
 @torch.no_grad()
 def catalogue(config: ModelConfig) -> list[Row]:
-    """Every tap of a model of this configuration, with its shape in a guided run for one picture. Needs no weights."""
+    """Every tap of a model of this configuration, with its shape in a guided run for one image. Needs no weights."""
     from types import SimpleNamespace
 
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""A call of code that somebody else wrote: the tensors in its arguments and outputs, and how it may fail.
+"""Calls of any implementation's modules: the tensors in its arguments and outputs, and how it may fail.
 
 Two implementations of a module pass and return the same tensors in other forms: by name or position, in tuples, dicts
 or records, flattened or not. In: arguments or outputs of one. Out: those of the other, or tensors by place.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 KEPT = 1 << 16  # elements of a tensor that B passes to a module and A does not, such as a mask
 
-# What code that was written for other inputs may end with.
+# What code may raise that was written for other inputs.
 FAILURES = (
     RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError, ArithmeticError, OSError,
 )  # fmt: skip

@@ -266,7 +266,7 @@ def compare_part(
     observe: Observer | None = None,
     progress: Progress = lambda _: None,
 ) -> Verdict:
-    """Compare somebody's own module with its counterpart in a live model, which is the reference, A.
+    """Compare a user's own module with its counterpart in a live model, which is the reference, A.
 
     The modules inside it are paired by `part.names`, and where those say nothing by their weights.
     """

@@ -63,7 +63,7 @@ def margins(rungs: Sequence[Rung], pairs: Sequence[ModulePair]) -> str:
 
 
 def first_unknown(pairs: Sequence[ModulePair]) -> str:
-    """A is no reference: what the innermost place says that shows it."""
+    """A is no reference: the note of the innermost pair that shows it."""
     unclear = [pair for pair in pairs if pair.status == UNKNOWN]
     around = {pair.parent for pair in unclear}
     return next(pair for pair in unclear if pair.name not in around).note
@@ -100,7 +100,7 @@ def precision(rungs: Sequence[Rung], pairs: Sequence[ModulePair], other: list[Mo
 
 
 def other_dtypes(pairs: list[ModulePair], calls: int) -> str:
-    """Modules that compute in another dtype; all of them is said in one word."""
+    """Modules that compute in another dtype; where it is nearly all of them, the dtypes alone."""
     if not pairs:
         return ""
     (one, two), most = Counter(both for pair in pairs for both in computing(pair)).most_common(1)[0]

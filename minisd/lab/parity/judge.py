@@ -19,7 +19,7 @@ LOOK = 16.0  # R64 that is worth a look: a correct implementation that adds in a
 WEIGHTS = ("weight", "bias", "in_proj_weight", "in_proj_bias")
 ROUNDED_CONSTANT = "a constant is rounded to float32 on one side"
 
-# Called as observe(name, stage, A64, A, B, B64) for every comparison: what pictures and histograms are made from.
+# Called as observe(name, stage, A64, A, B, B64) for every comparison: what heat maps and histograms are made from.
 Observer = Callable[[str, str, Tensor, Tensor, Tensor, Tensor], None]
 
 
@@ -178,7 +178,7 @@ class Judge:
     constants: set[tuple[str, str]] = field(default_factory=set)  # (stage, name) where a rounded constant explains it
 
     def see(self, seen: Observation, found: Measure, explain: Callable[[], str]) -> None:
-        """One call of a module. `explain` says more about a deviation, if it is the worst so far."""
+        """One call of a module. `explain` is asked about a deviation, if it is the worst so far."""
         pair = self.pairs[seen.name]
         assert seen.a is not None and seen.b is not None and seen.b64 is not None
         if self.observe is not None and seen.a64.is_floating_point():

@@ -27,7 +27,7 @@ KINDS = "minisd:PATH, diffusers:PATH, trace:FILE.safetensors or python:package.m
 
 @dataclass
 class PartSide(Side):
-    """A module of somebody's own. `names`: its own paths -> names in any dialect, "" being the whole of it."""
+    """A module of the user's own. `names`: its own paths -> names in any dialect, "" being the whole of it."""
 
     name: str
     module: nn.Module
@@ -79,7 +79,7 @@ def python_side(place: str, name: str) -> Side:
 
 @contextmanager
 def foreign(failing: str) -> Iterator[None]:
-    """Around code of somebody else's: whatever ends it is a ValueError, and what it prints is no part of the result."""
+    """Around code that is not minisd's: what it raises becomes a ValueError, what it prints goes to standard error."""
     try:
         with redirect_stdout(sys.stderr):
             yield

@@ -1,8 +1,8 @@
 """Which module of A is which of B.
 
 In: two networks, each with what its weights are called in minisd. Out: twins, in A's order, each with the twins around
-it. Modules that hold the same weights are twins; between two copies of one code, those at the same path are. A part
-that somebody wrote may say by name which of its modules is which; the others are found by their copied weights. What
+it. Modules that hold the same weights are twins; between two copies of one code, those at the same path are. For a part
+of the user's own a name map says which of its modules is which; the others are found by their copied weights. What
 has no twin is compared as a part of the module around it. Next: `replay.py`.
 """
 
@@ -39,7 +39,7 @@ class Network:
 
     @cached_property
     def canonical(self) -> dict[str, str]:
-        """Path -> minisd's path within the component, where there is one. What somebody wrote down comes first."""
+        """Path -> minisd's path within the component, where there is one. Names that were given come first."""
         named = {path: resolve(self.component, self.config, name) for path, name in self.modules.items()}
         if self.config is None or (self.modules and not self.weights):
             return named

@@ -59,7 +59,7 @@ def scaled(inputs: tuple[Any, ...], scale: float) -> tuple[Any, ...]:
 
 
 def message(verdict: "Verdict") -> str:
-    """What a person who broke something wants to read."""
+    """The test's failure: the verdict, and what each culprit does not have in common with its counterpart."""
     lines = [f"{verdict.word}: {verdict.sentence}"]
     for name in verdict.culprits:
         pair = next((pair for pair in verdict.pairs if pair.name == name), None)

@@ -211,7 +211,7 @@ class Replay:
         try:
             with torch.no_grad(), self.buffers_kept():
                 seen = [attributes.computing_dtypes(root, run) for root, run in runs]
-        except FAILURES:  # one of them does not run on this: a rung says so
+        except FAILURES:  # one of them does not run on this: its rung has that as a note
             return
         for name, (one, other) in attributes.dtypes_of_twins(self.twins, (seen[0], seen[1])).items():
             pair = self.judge.pairs[name]
@@ -260,7 +260,7 @@ def dtype_of(module: nn.Module) -> torch.dtype:
 
 
 def pair_of(twin: Twins) -> ModulePair:
-    """What can be said of twins before they run."""
+    """A pair, with what can be seen of twins before they run."""
     code = [getattr(module, "function", module) for module in (twin.a, twin.b)]
     return ModulePair(
         twin.name,

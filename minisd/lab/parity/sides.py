@@ -25,7 +25,7 @@ TABLES = ("alphas_cumprod", "final_alpha_cumprod")
 
 
 class Side:
-    """One of the two. `name` is as the person wrote it."""
+    """One of the two that are compared. `name` is as it was typed."""
 
     name: str
     networks: dict[str, Network]
@@ -53,7 +53,7 @@ class PipelineSide(Side):
     def dtype(self) -> torch.dtype:
         return next(self.model.unet.parameters()).dtype
 
-    # What each can be asked for, on input that is given.
+    # What each computes from given inputs. Images are (B, 3, H, W) in [-1, 1], pixels (B, H, W, 3) bytes.
 
     def tokens(self, texts: list[str]) -> Tensor:
         raise NotImplementedError
@@ -81,7 +81,7 @@ class PipelineSide(Side):
         raise NotImplementedError
 
     def run(self, case: Case, latents: Tensor, scheduler: Any) -> None:
-        """The pipeline's own loop, from prompt to picture."""
+        """The pipeline's own loop, from prompt to image."""
         raise NotImplementedError
 
     def answer(self, tensor: Tensor) -> Any:

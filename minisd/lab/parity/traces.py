@@ -11,7 +11,7 @@ steps, guidance, height, width, seed), and may hold "config", "versions" and "si
     step.I/latents          (R, C, h, w) what goes into the UNet, with
     step.I/timestep         ()
     step.I/context          (R, 77, D)
-    step.I/noise            (R, C, h, w) what the UNet says
+    step.I/noise            (R, C, h, w) the UNet's noise prediction
     step.I/guided           (N, C, h, w) both halves combined
     step.I/sample           (N, C, h, w) the latents before the step
     step.I/previous         (N, C, h, w) the latents after it

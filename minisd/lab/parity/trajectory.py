@@ -122,7 +122,7 @@ Inputs = tuple[Tensor, Tensor]  # of a UNet: latents and context
 
 
 def matching_rows(mine: Inputs, theirs: Inputs) -> list[int]:
-    """For each row of a UNet's input the row of the other's that it stands for.
+    """For each row of a UNet's input the row of the other's that it corresponds to.
 
     A loop may have the two halves of guidance in either order. What is wrong in latents or in context alone must not
     change the order of the other: rows that agree in one of the two are taken for the same.
