@@ -29,12 +29,12 @@ from minisd.lab.parity.judge import Measure, Observer, mark_first_causes
 from minisd.lab.parity.ladder import Climb, Stage
 from minisd.lab.parity.memory import check_memory
 from minisd.lab.parity.opening import FunctionSide, PartSide, foreign, open_side
-from minisd.lab.parity.pairing import Network, pair_modules, pair_networks, resolve, same_weights
+from minisd.lab.parity.pairing import Network, as_module, pair_modules, pair_networks, resolve, same_weights
 from minisd.lab.parity.promote import float64, widened
 from minisd.lab.parity.replay import Replay, dtype_of
 from minisd.lab.parity.retrace import compare_with_trace, is_result
 from minisd.lab.parity.sides import PipelineSide, Side, check_shapes
-from minisd.lab.parity.traces import TraceSide, inputs_of, narrowed
+from minisd.lab.parity.traces import TraceSide, inputs_of
 from minisd.lab.parity.verdict import DIFFERENT, Matrix, ModulePair, Rung, Verdict
 
 Progress = Callable[[str], None]
@@ -334,7 +334,7 @@ def called(side: FunctionSide, live: PipelineSide, case: Case) -> TraceSide:
     Raises ValueError if it fails.
     """
     inputs = inputs_of(live, case)
-    working = narrowed(inputs, live.dtype)
+    working = in_dtype(inputs, live.dtype)
     with foreign(f"{side.name}: fails; it was given {', '.join(sorted(inputs)[:5])} ..."):
         told = side.function(working)
         with float64():
@@ -358,21 +358,6 @@ def check_answer(side: FunctionSide, told: Any) -> None:
 
 
 # ---- two modules without a model -------------------------------------------------------------------------
-
-
-class Function(nn.Module):
-    """A function that looks like a module."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(*args, **kwargs)
-
-
-def as_module(thing: Callable[..., Any]) -> nn.Module:
-    return thing if isinstance(thing, nn.Module) else Function(thing)
 
 
 def compare_modules(

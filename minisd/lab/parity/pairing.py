@@ -121,6 +121,21 @@ def display_names(a: Network, b: Network, paths: Mapping[str, str]) -> dict[str,
 # ---- two modules without a component ---------------------------------------------------------------------
 
 
+class Function(nn.Module):
+    """A function that looks like a module."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+def as_module(thing: Callable[..., Any]) -> nn.Module:
+    return thing if isinstance(thing, nn.Module) else Function(thing)
+
+
 def pair_modules(
     a: nn.Module, b: nn.Module, names: Mapping[str, str] | None, titles: tuple[str, str] = ("A", "B")
 ) -> list[Twins]:

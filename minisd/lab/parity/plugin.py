@@ -35,8 +35,8 @@ def minisd_parity(request: pytest.FixtureRequest) -> Callable[..., "Verdict"]:
         names: Mapping[str, str] | None = None,
     ) -> "Verdict":
         __tracebackhide__ = True
-        from minisd.lab.parity.compare import as_module, compare_modules
-        from minisd.lab.parity.pairing import pair_modules
+        from minisd.lab.parity.compare import compare_modules
+        from minisd.lab.parity.pairing import as_module, pair_modules
 
         titles = "the reference", "the candidate"
         try:

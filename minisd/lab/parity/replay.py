@@ -28,7 +28,7 @@ from minisd.lab.parity.calls import (
     unlike,
 )
 from minisd.lab.parity.judge import Judge, Measure, Observation, Observer, apart, measure
-from minisd.lab.parity.pairing import Twins
+from minisd.lab.parity.pairing import Function, Twins
 from minisd.lab.parity.promote import as_written, float64
 from minisd.lab.parity.resemblance import describe
 from minisd.lab.parity.verdict import DIFFERENT, ROUNDED, Attribute, ModulePair, Rung
@@ -261,7 +261,7 @@ def dtype_of(module: nn.Module) -> torch.dtype:
 
 def pair_of(twin: Twins) -> ModulePair:
     """A pair, with what can be seen of twins before they run."""
-    code = [getattr(module, "function", module) for module in (twin.a, twin.b)]
+    code = [module.function if isinstance(module, Function) else module for module in (twin.a, twin.b)]
     return ModulePair(
         twin.name,
         twin.a_path,

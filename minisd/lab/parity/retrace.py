@@ -59,8 +59,8 @@ def compare_with_trace(trace: TraceSide, live: PipelineSide, *, trace_is_a: bool
     measured = [item for item in (*rungs, *pairs) if not (isinstance(item, Rung) and item.kind == "exact")]
     narrow = sum(item.relative64 is None for item in measured)
     proved = any(item.status == DIFFERENT for item in (*rungs, *pairs))
-    if (narrow or not trace.has_float64) and not proved:
-        doubt(verdict, partly(narrow, len(rungs) + len(pairs)) if trace.has_float64 else "the trace has no float64")
+    if (narrow or not trace.wide) and not proved:
+        doubt(verdict, partly(narrow, len(rungs) + len(pairs)) if trace.wide else "the trace has no float64")
     verdict.not_compared = list(left_out(trace, pairs))
     verdict.notes.append(f"the reference is {live.name}, which was run on the trace's inputs")
     verdict.case, verdict.versions = trace.case.as_dict(), {**live.versions(), **trace.versions()}

@@ -29,7 +29,6 @@ class Side:
 
     name: str
     networks: dict[str, Network]
-    has_float64 = True
 
     def versions(self) -> dict[str, str]:
         return {"torch": torch.__version__}

@@ -62,10 +62,6 @@ class TraceSide(Side):
     wide: dict[str, Tensor] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def has_float64(self) -> bool:  # type: ignore[override]
-        return bool(self.wide)
-
     def versions(self) -> dict[str, str]:
         return {f"trace {name}": str(version) for name, version in self.about.get("versions", {}).items()}
 
@@ -211,8 +207,3 @@ def inputs_of(side: PipelineSide, case: Case) -> dict[str, Tensor]:
         for name, tensor in told.items()
         if name in wanted or (name.startswith("step.") and name.rpartition("/")[2] in parts)
     }
-
-
-def narrowed(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Floating-point tensors in another dtype."""
-    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}

@@ -44,11 +44,9 @@ class Attribute:
     what: str  # "eps", "weight", "computes in", "forward", ...
     a: str
     b: str
-    module: str = ""  # where, if not the pair itself
 
     def __str__(self) -> str:
-        where = f"{self.module}: " if self.module else ""
-        return f"{where}{self.what} {self.a} (A), {self.b} (B)"
+        return f"{self.what} {self.a} (A), {self.b} (B)"
 
 
 @dataclass

@@ -30,7 +30,7 @@ def test_a_bundle_and_its_trace():
 
 def test_a_trace():
     trace = open_side(f"trace:{TRACE}")
-    assert trace.has_float64 and trace.about["versions"]["minisd"] == "0.1.0"
+    assert trace.wide and trace.about["versions"]["minisd"] == "0.1.0"
     with bundle.opened(BUNDLE) as found:
         others = bundle.differences(found)
     check(compare(f"trace:{TRACE}", "minisd:emoji"), weights_are_the_same=not others)

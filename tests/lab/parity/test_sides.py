@@ -241,9 +241,7 @@ def test_modules_without_names_are_paired_by_their_weights(model):
 
 def test_a_weight_that_is_off_is_found_without_names(model):
     verdict = compare(model, f"{HERE}:one_weight_off_without_names", CASE)
-    assert (
-        verdict.culprits == ["unet.down.0.resnet.conv1"] and "differ, by" in verdict.cause
-    )
+    assert verdict.culprits == ["unet.down.0.resnet.conv1"] and "differ, by" in verdict.cause
 
 
 def test_what_weights_alone_pair_is_no_culprit_of_a_function_that_is_the_same(model):
