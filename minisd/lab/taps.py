@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from minisd.config import ModelConfig
 from minisd.lab.hooks import Listener, silenced
-from minisd.lab.module_names import module_names
-from minisd.lab.source import source_of
+from minisd.lab.names import module_names
+from minisd.lab.sources import source_of
 from minisd.layers import Attention, ResnetBlock
 from minisd.text_encoder import TextEncoder
 from minisd.unet import SpatialTransformer, TimeEmbedding, UNet

@@ -1,7 +1,7 @@
 """The parity lab: are two implementations the same function, and if not, where do they part?
 
     from minisd.lab.parity.compare import compare
-    verdict = compare("diffusers:weights/emoji", "minisd:weights/emoji")
+    verdict = compare("minisd:weights/emoji", "minisd:weights/emoji@bfloat16")
     print(verdict.word, verdict.sentence)
 
 The walk: `sides.py` and `opening.py` open whatever is compared, `cases.py` says on which input, `promote.py` makes code

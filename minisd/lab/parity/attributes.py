@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from minisd.lab.hooks import Listener
 from minisd.lab.parity.pairing import Twins
 from minisd.lab.parity.verdict import ROUNDED, Attribute
-from minisd.lab.source import source_of
+from minisd.lab.sources import source_of
 
 # One fact, and the attributes that different authors keep it in.
 FACTS: dict[str, tuple[str, ...]] = {

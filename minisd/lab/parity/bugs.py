@@ -228,8 +228,8 @@ def method(culprit: str, name: str, function: Callable[..., Any], part: str = ""
 def scheduler(alter: Callable[[Any], None]) -> Plant:
     """Alter every scheduler that the model makes."""
 
-    def make_scheduler(self: Any, scheduler: Any) -> Any:
-        made = type(self).make_scheduler(self, scheduler)
+    def make_scheduler(self: Any, *settings: Any) -> Any:
+        made = type(self).make_scheduler(self, *settings)
         alter(made)
         return made
 

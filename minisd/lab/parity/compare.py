@@ -1,9 +1,5 @@
 """The comparison from end to end: two sides and a case -> a verdict.
 
-    from minisd.lab.parity.compare import compare
-    verdict = compare("diffusers:weights/emoji", "minisd:weights/emoji")
-    print(verdict.word, verdict.sentence)
-
 Two whole models, a part beside its counterpart in a model, a trace beside a model, or two modules without any model:
 the same replay and the same judge. Next: `ladder.py`.
 """

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from minisd.lab.module_names import contents, module_names, same_contents, weight_names
+from minisd.lab.names import contents, module_names, same_contents, weight_names
 
 LISTS = (nn.ModuleList, nn.ModuleDict)  # modules that hold others and cannot be called
 

@@ -32,7 +32,7 @@ from minisd.lab.parity.pairing import Function, Twins
 from minisd.lab.parity.promote import as_written, float64
 from minisd.lab.parity.resemblance import describe
 from minisd.lab.parity.verdict import DIFFERENT, ROUNDED, Attribute, ModulePair, Rung
-from minisd.lab.source import source_of
+from minisd.lab.sources import source_of
 
 
 @dataclass

@@ -35,7 +35,7 @@ from minisd.lab.parity.promote import float64, widened
 from minisd.lab.parity.sides import PipelineSide
 from minisd.lab.parity.traces import TraceSide
 from minisd.lab.parity.verdict import DIFFERENT, SAME, UNKNOWN, Finding, ModulePair, Rung, Verdict
-from minisd.lab.source import source_of
+from minisd.lab.sources import source_of
 
 RESULTS = ("text/context", "alphas_cumprod", "timesteps", "decode/images", "pixels")
 STAGES = {"text": "text_encoder", "step": "unet", "decode": "vae"}

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from minisd import SD15
-from minisd.lab.module_names import module_names
+from minisd.lab.names import module_names
 from minisd.lab.parity.calls import Call, match
 from minisd.lab.parity.compare import compare_modules
 from minisd.lab.parity.judge import Observation, measure
