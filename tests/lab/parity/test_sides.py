@@ -254,7 +254,7 @@ def test_what_was_compared_is_told_where_there_is_no_ladder(model, tmp_path):
     assert "\ncompared: 6 modules in " in result.stdout and "R64" not in result.stdout.split("compared:")[1]
     page = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert "Compared: 6 modules in " in page and "The ladder" not in page
-    assert '{"": "unet.down.0.resnet", "first_norm": "unet.down.0.resnet.norm1"}' in minisd("parity", "-h").stdout
+    assert '{"": "unet.down.0.resnet", "first_norm": "unet.down.0.resnet.norm1"}' in minisd("parity", "--help").stdout
 
 
 def test_numpy(model):
