@@ -8,7 +8,6 @@ Clean changes round in another way and must not be accused. Every comparison is 
 """
 
 import argparse
-import copy
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -20,14 +19,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from minisd.lab.parity.bugs import BUGS, planted
-from minisd.lab.parity.compare import compare_pipelines
-from minisd.lab.parity.opening import compare
-from minisd.lab.parity.sides import DiffusersSide, diffusers_side
+from minisd.lab.parity.bugs import BUGS, OTHERS, copied_side, planted
+from minisd.lab.parity.compare import compare, compare_pipelines
+from minisd.lab.parity.sides import PipelineSide, diffusers_side
 from minisd.lab.parity.verdict import DIFFERENT, PRECISION, SAME, Verdict
 from minisd.pipeline import StableDiffusion
 from tests.lab.parity.small import CASE, side, small_model
-from tests.lab.parity.traps import CLEAN, TRAPS, WORDS, copied
+from tests.lab.parity.traps import CLEAN, IN_DIFFUSERS
 
 
 @dataclass
@@ -56,20 +54,18 @@ class Outcome:
         return self.right and self.found == self.culprits
 
 
-def in_minisd(sd: StableDiffusion, reference: DiffusersSide) -> Iterator[Outcome]:
+def in_minisd(sd: StableDiffusion, reference: PipelineSide) -> Iterator[Outcome]:
     for name, bug in BUGS.items():
-        mutant, culprits = planted(sd, name)
-        yield Outcome(
-            "in minisd's modules", name, bug.word, set(culprits), compare_pipelines(reference, side(mutant), CASE)
-        )
+        mutant, culprits = planted(side(sd), name)
+        verdict = compare_pipelines(reference, mutant, CASE)
+        yield Outcome("in minisd's modules", name, bug.word, set(culprits), verdict)
 
 
-def in_diffusers(sd: StableDiffusion, reference: DiffusersSide) -> Iterator[Outcome]:
-    for name, plant in TRAPS.items():
-        pipeline = copied(reference.model)
-        culprits = plant(pipeline)
-        verdict = compare_pipelines(side(sd), DiffusersSide(name, pipeline, reference.config), CASE)
-        yield Outcome("in diffusers' modules", name, WORDS[name], set(culprits), verdict)
+def in_diffusers(sd: StableDiffusion, reference: PipelineSide) -> Iterator[Outcome]:
+    for name, plant in IN_DIFFUSERS.items():
+        mutant, culprits = planted(reference, name, plant)
+        verdict = compare_pipelines(side(sd), mutant, CASE)
+        yield Outcome("in diffusers' modules", name, {**BUGS, **OTHERS}[name].word, set(culprits), verdict)
 
 
 def elsewhere(sd: StableDiffusion) -> Iterator[Outcome]:
@@ -84,14 +80,12 @@ def elsewhere(sd: StableDiffusion) -> Iterator[Outcome]:
         yield Outcome("in other implementations", name, DIFFERENT, culprits, verdict)
 
 
-def clean(sd: StableDiffusion, reference: DiffusersSide) -> Iterator[Outcome]:
+def clean(sd: StableDiffusion, reference: PipelineSide) -> Iterator[Outcome]:
     yield Outcome("clean pairs", "diffusers and minisd", SAME, set(), compare_pipelines(reference, side(sd), CASE))
     for name, change in CLEAN.items():
-        twin = copy.copy(sd)
-        for part in ("text_encoder", "unet", "vae"):
-            setattr(twin, part, copy.deepcopy(getattr(sd, part)))
-        change(twin)
-        yield Outcome("clean pairs", name, SAME, set(), compare_pipelines(reference, side(twin), CASE))
+        twin = copied_side(side(sd), name)
+        change(twin.model)
+        yield Outcome("clean pairs", name, SAME, set(), compare_pipelines(reference, twin, CASE))
     for name in ("fused_attention", "resnet", "numpy_clip"):
         verdict = compare(side(sd), f"python:tests.lab.parity.others:{name}", CASE)
         yield Outcome("clean pairs", name, SAME, set(), verdict)

@@ -43,7 +43,7 @@ def case_of(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def progress(quiet: bool) -> Any:
-    """A line on standard error that says what is at work, where somebody watches."""
+    """What is at work, as one line on standard error, if that is a terminal."""
     if quiet or not sys.stderr.isatty():
         return lambda _: None
     return lambda what: click.echo(f"\r\033[K{what}", err=True, nl=False)
@@ -57,7 +57,7 @@ def done(quiet: bool) -> None:
 @click.command()
 @click.argument("a", required=False)
 @click.argument("b", required=False)
-@click.option("--demo", is_flag=False, flag_value="eps-resnet", metavar="[BUG]", help="Plant a bug and find it.")
+@click.option("--demo", is_flag=False, flag_value="eps-resnet", metavar="[BUG]", help="Plant a mistake and find it.")
 @click.option("--all", "every", is_flag=True, help="Show every pair of modules, not only the culprits.")
 @click.option("--html", metavar="FILE.html", help="Also write a report: one file, to be read offline.")
 @click.option("--save", metavar="CASE.zip", help="Also write a bundle: what somebody else needs to see this again.")
@@ -79,6 +79,15 @@ def parity(
     python:package.module:function; a PATH may end in @float16 or @bfloat16. Both are run in float64, so that no
     tolerance has to be chosen: what differs there is another function, what differs only in float32 is rounding.
 
+    A python: function returns a module of your own and a name map, from its own paths to names in minisd, diffusers or
+    CompVis' code; "" is the module itself, and modules inside that are not named are paired by their weights:
+
+    \b
+        def my_resnet():
+            return MyBlock(...), {"": "unet.down.0.resnet", "first_norm": "unet.down.0.resnet.norm1"}
+
+    Or, with one parameter, it computes named tensors from named tensors, as in a trace (see `minisd trace --help`).
+
     Or A is a bundle, CASE.zip, that --save wrote: the same case again, on its own sides.
 
     Exit status: 0 the same function, 1 different functions, 2 cannot tell, or bad input.
@@ -88,6 +97,32 @@ def parity(
     """
     if demo == "list":
         return list_bugs()
+    check_request(a, b, demo, html, save)
+    quiet = options.pop("quiet")
+    case = case_of(options)
+    evidence = None
+    if html is not None:
+        from minisd.lab.parity.evidence import Evidence
+
+        evidence = Evidence()
+    try:
+        verdict = judged(a, b, demo, case, evidence, progress(quiet))
+    except PLAIN:
+        raise
+    except Exception as error:  # exit status 1 is a verdict: a failure must not look like one
+        raise ValueError(f"the comparison broke off ({type(error).__name__}: {error})") from error
+    finally:
+        done(quiet)
+    from minisd.lab.parity.text import lines
+
+    click.echo(json.dumps(verdict.as_dict()) if as_json else "\n".join(lines(verdict, every_pair=every)))
+    for path in written(verdict, evidence, html, save, (a, b), demo):
+        click.echo(path, err=as_json)
+    return verdict.exit_status
+
+
+def check_request(a: str | None, b: str | None, demo: str | None, html: str | None, save: str | None) -> None:
+    """Raise ValueError, before the work begins, for files that cannot be written and for missing sides."""
     for path, ending in ((html, ".html"), (save, ".zip")):
         if path is not None and not (path.endswith(ending) and Path(path).absolute().parent.is_dir()):
             raise ValueError(f"{path}: must be a name that ends in {ending}, in a folder that exists")
@@ -97,35 +132,11 @@ def parity(
         from minisd.lab.parity import bundle
 
         bundle.check_sides(Path(save), (None, None) if demo else (a, b))
-    quiet = options.pop("quiet")
-    case = case_of(options)
-    evidence = looking(html)
-    try:
-        verdict = judged(a, b, demo, case, evidence, progress(quiet))
-    except PLAIN:
-        raise
-    except Exception as error:  # exit status 1 is a verdict: a failure must not look like one
-        raise ValueError(f"the comparison broke off ({type(error).__name__}: {error})") from error
-    finally:
-        done(quiet)
-    click.echo(json.dumps(verdict.as_dict()) if as_json else "\n".join(told(verdict, every)))
-    for path in written(verdict, evidence, html, save, (a, b), demo):
-        click.echo(path, err=as_json)
-    return verdict.exit_status
-
-
-def looking(html: str | None) -> Any:
-    """What looks at every tensor for the report; None where there will be none."""
-    if html is None:
-        return None
-    from minisd.lab.parity.evidence import Evidence
-
-    return Evidence()
 
 
 def judged(a: str | None, b: str | None, demo: str | None, case: dict[str, Any], observe: Any, progress: Any) -> Any:
     """The verdict, whichever way it was asked for."""
-    from minisd.lab.parity.opening import compare
+    from minisd.lab.parity.compare import compare
 
     if demo is not None:
         return demonstrated(demo, a, b, case, observe, progress)
@@ -134,12 +145,6 @@ def judged(a: str | None, b: str | None, demo: str | None, case: dict[str, Any],
     if a is None or b is None:
         raise ValueError("parity needs two sides to compare (see `minisd parity --help`), or --demo")
     return compare(a, b, case, observe=observe, progress=progress)
-
-
-def told(verdict: Any, every: bool) -> Any:
-    from minisd.lab.parity.telling import lines
-
-    return lines(verdict, every_pair=every)
 
 
 def written(verdict: Any, evidence: Any, html: str | None, save: str | None, sides: Any, demo: str | None) -> Any:
@@ -167,8 +172,7 @@ def list_bugs() -> int:
 
 def demonstrated(bug: str, a: str | None, b: str | None, case: dict[str, Any], observe: Any, progress: Any) -> Any:
     """Plant a bug in a copy, and compare."""
-    from minisd.lab.parity.bugs import BUGS
-    from minisd.lab.parity.demo import demonstrate
+    from minisd.lab.parity.bugs import BUGS, demonstrate
 
     if b is not None:
         raise ValueError("--demo makes B itself: give A only, or nothing")
@@ -178,9 +182,9 @@ def demonstrated(bug: str, a: str | None, b: str | None, case: dict[str, Any], o
 
 
 def reproduced(path: str, b: str | None, case: dict[str, Any], observe: Any, progress: Any) -> Any:
-    """A bundle's case again. What is not as it was stands among the verdict's notes."""
+    """A bundle's case again. What is not as it was is among the verdict's notes."""
     from minisd.lab.parity import bundle
-    from minisd.lab.parity.opening import compare
+    from minisd.lab.parity.compare import compare
 
     if b is not None or case:
         raise ValueError(f"{path}: a bundle has its own sides and its own case: give nothing else")
@@ -198,7 +202,7 @@ def reproduced(path: str, b: str | None, case: dict[str, Any], observe: Any, pro
 @click.option("--float64", "exact", is_flag=True, help="Compute in float64: a trace that allows a verdict.")
 @case_options
 def trace(side: str, output: str, exact: bool, quiet: bool, **options: Any) -> None:
-    """Write down what SIDE (minisd:PATH or diffusers:PATH) computes: inputs, every stage, every module.
+    """Record what SIDE (minisd:PATH or diffusers:PATH) computes: inputs, every stage, every module.
 
     The file is what `minisd parity trace:FILE.safetensors minisd:PATH` reads. Programs in any language can write one:
     named tensors in safetensors' format, and in its metadata "minisd.trace": "1" and, as JSON, "case" with prompts,
@@ -207,7 +211,8 @@ def trace(side: str, output: str, exact: bool, quiet: bool, **options: Any) -> N
     step.0/previous, decode/z, decode/images, pixels; step.0/unet.down.0.resnet for a module's output, with :0, :1 for
     its inputs (see `minisd taps --list` for names). All are optional.
     """
-    from minisd.lab.parity.opening import case_for, open_side
+    from minisd.lab.parity.compare import case_for
+    from minisd.lab.parity.opening import open_side
     from minisd.lab.parity.sides import PipelineSide
     from minisd.lab.parity.traces import write
 

@@ -4,20 +4,20 @@
         sd.text_to_image("red heart", seed=1)
     print(trace.first, *trace.lines(), sep="\\n")
 
-float16 ends at 65504. One number beyond it becomes infinite, the next softmax makes it NaN, and the picture is black.
-In: a model. Out: the first part, and step, whose output is not finite though its input is; the largest magnitude of
+The largest float16 is 65504. A larger number becomes infinite, the next softmax makes it NaN, and the image is black.
+In: a model. Out: the first module, and step, whose output is not finite though its input is; the largest magnitude of
 each block. `minisd generate --check` prints them.
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from minisd.lab.hooks import Listener
 from minisd.lab.taps import COMPONENTS, Reading, Taps
 
 
@@ -25,12 +25,12 @@ from minisd.lab.taps import COMPONENTS, Reading, Taps
 class Origin:
     """The first place with a non-finite value."""
 
-    name: str  # the part whose output is not finite; or, with `inside`, whose code makes it between its parts
+    name: str  # the module whose output is not finite; or, with `inside`, whose code makes it between its submodules
     step: int | None
     timestep: int | None
     count: int
     numbers: int
-    inside: str = ""  # the part that is given it
+    inside: str = ""  # the submodule that is given it
 
     def __str__(self) -> str:
         when = f" at step {self.step} (timestep {self.timestep})" if self.step is not None else ""
@@ -54,26 +54,25 @@ class Trace:
     model: Any
     first: Origin | None = None
     peaks: dict[str, Peak] = field(default_factory=dict)  # by block, in the order of computation
-    stack: ExitStack = field(default_factory=ExitStack)
+    listener: Listener = field(default_factory=Listener)
 
     def __enter__(self) -> "Trace":
-        with ExitStack() as stack:
-            self.taps = stack.enter_context(Taps(self.model, *self.outputs(), listen=self.note))
+        with Listener() as listener:
+            self.taps = listener.enter_context(Taps(self.model, *self.outputs(), listen=self.note))
             for component in COMPONENTS:
                 for path, module in getattr(self.model, component).named_modules():
                     name = f"{component}.{path}".rstrip(".")
-                    hook = module.register_forward_pre_hook(self.watches(name), with_kwargs=True)
-                    stack.callback(hook.remove)
-            self.stack = stack.pop_all()
+                    listener.before(module, lambda args, kwargs, name=name: self.check_inputs(name, args, kwargs))  # type: ignore[misc]
+            self.listener = listener.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.stack.close()
+        self.listener.close()
 
     def outputs(self) -> list[str]:
-        """Taps on what every module says, and what the loop does."""
+        """The names of all modules' outputs and of the tensors of the sampling loop."""
         return [point.name for point in Taps(self.model).points if point.kind in ("output", "loop")]
 
     def note(self, reading: Reading) -> None:
@@ -87,23 +86,19 @@ class Trace:
             if reading.absmax > peak.absmax:
                 peak.absmax, peak.step = reading.absmax, reading.step
 
-    def watches(self, name: str) -> Any:
-        """What goes into a module is seen first: if that is not finite already, the code around it made it so."""
-
-        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
-            if self.first is not None:
+    def check_inputs(self, name: str, args: Any, kwargs: Any) -> None:
+        """Inputs are checked before the module runs: if they are not finite, the code around it made them so."""
+        if self.first is not None:
+            return
+        for tensor in (*args, *kwargs.values()):
+            if isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                count, outer = int((~tensor.isfinite()).sum()), name.rpartition(".")[0] or "the input"
+                step = (self.taps.step, self.taps.timestep) if name.startswith("unet") else (None, None)
+                self.first = Origin(outer, *step, count, tensor.numel(), inside=name)
                 return
-            for tensor in (*args, *kwargs.values()):
-                if isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                    count, outer = int((~tensor.isfinite()).sum()), name.rpartition(".")[0] or "the input"
-                    step = (self.taps.step, self.taps.timestep) if name.startswith("unet") else (None, None)
-                    self.first = Origin(outer, *step, count, tensor.numel(), inside=name)
-                    return
-
-        return hook
 
     def lines(self) -> Iterator[str]:
-        """The findings for a person: the origin, then each block's largest magnitude and its share of the range."""
+        """The findings as text: the origin, then each block's largest magnitude and its share of the range."""
         dtype = self.model.dtype
         most = torch.finfo(dtype).max
         yield str(self.first) if self.first is not None else "every value is finite"

@@ -1,8 +1,8 @@
 """Does this machine, with this torch on this device, give the reference numbers?
 
-The embedded model paints a small picture. Each stage in float64 is compared with what is recorded in `selftest.json`:
-float64 leaves no room for a machine's habits. Then each stage in the working precision is compared with float64: how
-many times the rounding that is usual there.
+The embedded model generates a small image. Each stage in float64 is compared with what is recorded in `selftest.json`:
+there, machines differ by almost nothing. Then each stage in the working precision is compared with float64: how many
+times the rounding that is usual there.
 
     python -m minisd.lab.selftest      # records anew, after the embedded model changed
 
@@ -88,8 +88,8 @@ def selftest(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[St
 def summary(tensor: Tensor) -> list[float]:
     """A tensor in four numbers, each of which every element moves: relative differences survive in them."""
     values = tensor.double().flatten().cpu()
-    waves = torch.arange(values.numel(), dtype=torch.float64)
-    return [float(values.norm()), float(values.sum()), *(float(values @ (waves * w).cos()) for w in (0.7, 1.3))]
+    index = torch.arange(values.numel(), dtype=torch.float64)
+    return [float(values.norm()), float(values.sum()), *(float(values @ (index * w).cos()) for w in (0.7, 1.3))]
 
 
 def apart(one: list[float], other: list[float]) -> float:

@@ -6,18 +6,17 @@
         print(reading.step, reading.absmax, reading.positive.shape)
 
 A name is minisd's (`unet.down.4.resnet`), diffusers' (`down_blocks.1.attentions.1`) or CompVis'
-(`model.diffusion_model.input_blocks.5.0`), with `*` for anything. There are taps on what every module says, and on what
-no module says: attention probabilities, residuals, the waves of the timestep, both halves of guidance, latents and the
-predicted x0 of each step. `minisd taps --list` shows all of them.
+(`model.diffusion_model.input_blocks.5.0`), with `*` for anything. There are taps on every module's output, and on
+tensors that no module returns: attention weights, residual connections, the sinusoidal timestep embedding, both noise
+predictions of classifier-free guidance, latents and predicted clean latents (x0) of each step. `minisd taps --list`
+shows all of them.
 
 Reading changes no bit of the result. Statistics stream; tensors are kept only if asked for. Hooks are gone afterwards,
 after an exception too. In: a model and patterns. Out: `Reading`s.
 """
 
 import difflib
-import functools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from types import TracebackType
@@ -28,8 +27,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from minisd.config import ModelConfig
+from minisd.lab.hooks import Listener, silenced
+from minisd.lab.names import module_names
+from minisd.lab.sources import source_of
 from minisd.layers import Attention, ResnetBlock
-from minisd.module_names import module_names, source_of
 from minisd.text_encoder import TextEncoder
 from minisd.unet import SpatialTransformer, TimeEmbedding, UNet
 from minisd.vae import VAE
@@ -39,7 +40,7 @@ COMPONENTS = ("text_encoder", "unet", "vae")
 
 @dataclass
 class Reading:
-    """What went by a tap, once. Statistics are over all finite numbers; NaN where there are none."""
+    """One tensor that a tap has read. Statistics are over all finite numbers; NaN where there are none."""
 
     name: str
     step: int | None  # of the sampling loop; None outside of it
@@ -55,12 +56,12 @@ class Reading:
 
     @property
     def negative(self) -> Tensor:
-        """The half that is pushed away from. Raises ValueError where there are no halves, or no tensor."""
+        """The negative prompt's half of the batch. Raises ValueError where there are no halves, or no tensor."""
         return self.half(0)
 
     @property
     def positive(self) -> Tensor:
-        """The half that the prompt conditions."""
+        """The prompt's half of the batch. Raises ValueError where there are no halves, or no tensor."""
         return self.half(1)
 
     def half(self, index: int) -> Tensor:
@@ -116,7 +117,7 @@ class Taps:
         self.step: int | None = None
         self.timestep: int | None = None
         self.halves = False
-        self.stack = ExitStack()
+        self.listener = Listener()
         self.session: object | None = None  # new each time that these taps are opened; None while they are closed
 
     def editable(self, pattern: str) -> list[Point]:
@@ -146,40 +147,38 @@ class Taps:
         if self.session is not None:
             raise ValueError("these taps are open already: make others, with sd.taps(...), for a second `with`")
         edited = {point.name for points, _ in self.edits for point in points}
-        with ExitStack() as stack:
+        with Listener() as listener:
             self.session = object()
-            stack.callback(self.close)
+            listener.callback(self.close)
             for point in self.points:
                 if point.name in self.read | edited and point.kind != "loop":
-                    OPENERS[point.kind](self, point, stack)
-            self.follow_the_loop(stack)
-            self.stack = stack.pop_all()
+                    OPENERS[point.kind](self, point, listener)
+            self.follow_the_loop(listener)
+            self.listener = listener.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.stack.close()
+        self.listener.close()
 
     def close(self) -> None:
         self.session = self.step = self.timestep = None
         self.halves = False
 
-    def follow_the_loop(self, stack: ExitStack) -> None:
+    def follow_the_loop(self, listener: Listener) -> None:
         """Know which step it is, and read what is between the networks."""
-        hook = self.model.unet.register_forward_pre_hook(self.note_timestep, with_kwargs=True)
-        stack.callback(hook.remove)
-        stack.callback(self.model.unet.register_forward_hook(self.guidance_pair).remove)
+        listener.before(self.model.unet, self.note_timestep)
+        listener.after(self.model.unet, self.guidance_pair)
         for name, wrapper in (("predict_noise", self.guided), ("denoise", self.denoising)):
             if hasattr(self.model, name):
-                stack.callback(wrap(self.model, name, wrapper))
+                listener.around(self.model, name, wrapper)
 
-    def note_timestep(self, _: nn.Module, args: Any, kwargs: Any) -> None:
-        timesteps = args[1] if len(args) > 1 else kwargs.get("timesteps")
-        timesteps = torch.as_tensor(timesteps)
+    def note_timestep(self, args: Any, kwargs: Any) -> None:
+        timesteps = torch.as_tensor(args[1] if len(args) > 1 else kwargs.get("timesteps"))
         self.timestep = None if timesteps.is_meta else int(timesteps.flatten()[0])
 
-    def guidance_pair(self, _: nn.Module, __: Any, output: Tensor) -> Tensor | None:
+    def guidance_pair(self, _: Any, __: Any, output: Tensor) -> Tensor | None:
         if not self.halves:
             return None
         both = output.chunk(2)
@@ -190,7 +189,6 @@ class Taps:
     def guided(self, predict_noise: Callable[..., Tensor]) -> Callable[..., Tensor]:
         session = self.session
 
-        @functools.wraps(predict_noise)
         def wrapper(x: Tensor, t: Tensor, context: Tensor, guidance_scale: float, *rest: Any, **more: Any) -> Tensor:
             if self.session is not session:  # a loop that began inside goes on after the end
                 return predict_noise(x, t, context, guidance_scale, *rest, **more)
@@ -208,7 +206,6 @@ class Taps:
         """Each step of the loop, read and edited for as long as the taps are open: it may go on afterwards."""
         session = self.session
 
-        @functools.wraps(denoise)
         def wrapper(*args: Any, **settings: Any) -> Iterator[Any]:
             self.step = settings.get("start", 0)
             try:
@@ -226,7 +223,7 @@ class Taps:
 
         return wrapper
 
-    # ---- what goes by
+    # ---- reading and editing
 
     def passes(self, name: str, tensor: Tensor, halves: bool | None = None) -> Tensor:
         """Read a tensor, and return it, or what the edits make of it."""
@@ -271,38 +268,6 @@ def answer(name: str, tensor: Tensor, said: Any, given: Tensor) -> Tensor:
     return said.to(tensor)
 
 
-WRAPPED = "_wrapped_by_taps"
-
-
-def wrap(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> Callable[[], None]:
-    """Put a wrapper around an object's method; returns what takes it off again, in whichever order wrappers go.
-
-    The object's own list of wrappers says what is still on: the method is built anew from it each time.
-    """
-    lists = vars(owner).setdefault(WRAPPED, {})
-    if name not in lists:
-        lists[name] = (name in vars(owner), getattr(owner, name), [])
-    own, original, wrappers = lists[name]
-    wrappers.append(wrapper)
-
-    def build() -> None:
-        setattr(owner, name, functools.reduce(lambda method, around: around(method), wrappers, original))
-
-    def take_off() -> None:
-        wrappers.remove(wrapper)
-        build()
-        if wrappers:
-            return
-        if not own:
-            delattr(owner, name)
-        del lists[name]
-        if not lists:
-            delattr(owner, WRAPPED)
-
-    build()
-    return take_off
-
-
 def statistics(reading: Reading, parts: list[Tensor] | Iterator[Tensor]) -> None:
     """Mean, standard deviation, largest magnitude and non-finite count of a tensor that comes in parts.
 
@@ -329,60 +294,44 @@ def statistics(reading: Reading, parts: list[Tensor] | Iterator[Tensor]) -> None
 # ---- how each kind of tap is opened ----------------------------------------------------------------------
 
 
-def open_output(taps: Taps, point: Point, stack: ExitStack) -> None:
-    """What a module says."""
+def open_output(taps: Taps, point: Point, listener: Listener) -> None:
+    """What a module returns."""
     assert point.module is not None
 
-    def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
+    def hear(_: Any, __: Any, output: Tensor) -> Tensor | None:
         passed = taps.passes(point.name, output, taps.halves)
         return None if passed is output else passed
 
-    stack.callback(point.module.register_forward_hook(hook).remove)
+    listener.after(point.module, hear)
 
 
-def open_waves(taps: Taps, point: Point, stack: ExitStack) -> None:
-    """What the time embedding is made from."""
+def open_waves(taps: Taps, point: Point, listener: Listener) -> None:
+    """The sinusoidal embedding that the time embedding's layers are given."""
     assert point.module is not None
 
-    def hook(_: nn.Module, args: Any) -> Any:
+    def hear(args: Any, kwargs: Any) -> Any:
         passed = taps.passes(point.name, args[0])
-        return None if passed is args[0] else (passed, *args[1:])
+        return None if passed is args[0] else ((passed, *args[1:]), kwargs)
 
-    stack.callback(point.module.register_forward_pre_hook(hook).remove)
+    listener.before(point.module, hear)
 
 
-def open_residual(taps: Taps, point: Point, stack: ExitStack) -> None:
-    """What a block adds its own part to: its input, through a shortcut where the width changes."""
+def open_residual(taps: Taps, point: Point, listener: Listener) -> None:
+    """The residual connection of a block: its input, through a shortcut where the number of channels changes."""
     block: Any = point.module
 
-    def hook(_: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+    def hear(args: Any, _: Any, output: Tensor) -> Tensor | None:
         shortcut = getattr(block, "shortcut", None)
-        with Silenced(shortcut):
+        with silenced(shortcut):
             residual = shortcut(args[0]) if shortcut is not None else args[0]
         passed = taps.passes(point.name, residual)
         return None if passed is residual else output + (passed - residual)
 
-    stack.callback(block.register_forward_hook(hook).remove)
+    listener.after(block, hear)
 
 
-class Silenced:
-    """A module without its hooks for a moment, so that a second call of it is not read."""
-
-    def __init__(self, module: nn.Module | None) -> None:
-        self.module = module
-
-    def __enter__(self) -> None:
-        if self.module is not None:
-            self.hooks = self.module._forward_hooks.copy()
-            self.module._forward_hooks.clear()
-
-    def __exit__(self, *_: Any) -> None:
-        if self.module is not None:
-            self.module._forward_hooks.update(self.hooks)
-
-
-def open_probabilities(taps: Taps, point: Point, stack: ExitStack) -> None:
-    """softmax(q k^T / sqrt(d)), (B, heads, N, M): computed beside the fused kernel, which goes on undisturbed.
+def open_probabilities(taps: Taps, point: Point, listener: Listener) -> None:
+    """softmax(q k^T / sqrt(d)), (B, heads, N, M): computed beside the fused kernel, whose result is not changed.
 
     An edited map takes the kernel's place: its product with v goes into the last layer.
     """
@@ -390,36 +339,29 @@ def open_probabilities(taps: Taps, point: Point, stack: ExitStack) -> None:
     heard: dict[str, Any] = {}
 
     def remember(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-            heard[name] = output
+        return lambda _args, _kwargs, output: heard.update({name: output})
 
-        return hook
-
-    def begins(_: nn.Module, __: Any, kwargs: Any) -> None:
-        heard["causal"] = kwargs["causal"]
-
-    def ends(_: nn.Module, args: Any) -> Any:
+    def ends(_: Any, kwargs: Any) -> Any:
         split = (rearrange(heard.pop(name), "b n (h d) -> b h n d", h=attention.heads) for name in "qkv")
         q, k, v = split
         if not taps.keep and not taps.edited(point.name):
             return stream(q, k)
         maps = probabilities(q, k, causal=heard["causal"])
         passed = taps.passes(point.name, maps)
-        return None if passed is maps else (rearrange(passed.to(v.dtype) @ v, "b h n d -> b n (h d)"),)
+        return None if passed is maps else ((rearrange(passed.to(v.dtype) @ v, "b h n d -> b n (h d)"),), kwargs)
 
-    def stream(q: Tensor, k: Tensor) -> None:
+    def stream(q: Tensor, k: Tensor) -> None:  # one head at a time: all maps together may not fit in memory
         shape = torch.empty(*q.shape[:3], k.shape[2], device="meta", dtype=q.dtype)
         reading = taps.reading(point.name, shape, taps.halves)
         if taps.stats:
-            heads = range(attention.heads)
-            causal = heard["causal"]
+            heads, causal = range(attention.heads), heard["causal"]
             statistics(reading, (probabilities(q[:, h : h + 1], k[:, h : h + 1], causal=causal) for h in heads))
         taps.note(reading)
 
-    stack.callback(attention.register_forward_pre_hook(begins, with_kwargs=True).remove)
+    listener.before(attention, lambda _, kwargs: heard.update(causal=kwargs["causal"]))
     for name in "qkv":
-        stack.callback(getattr(attention, name).register_forward_hook(remember(name)).remove)
-    stack.callback(attention.out.register_forward_pre_hook(ends).remove)
+        listener.after(getattr(attention, name), remember(name))
+    listener.before(attention.out, ends)
 
 
 def probabilities(q: Tensor, k: Tensor, *, causal: bool) -> Tensor:
@@ -431,7 +373,7 @@ def probabilities(q: Tensor, k: Tensor, *, causal: bool) -> Tensor:
     return scores.softmax(dim=-1)
 
 
-OPENERS: dict[str, Callable[[Taps, Point, ExitStack], None]] = {
+OPENERS: dict[str, Callable[[Taps, Point, Listener], None]] = {
     "output": open_output,
     "waves": open_waves,
     "residual": open_residual,
@@ -442,25 +384,25 @@ OPENERS: dict[str, Callable[[Taps, Point, ExitStack], None]] = {
 # ---- what there is to tap --------------------------------------------------------------------------------
 
 LOOP = {
-    "guidance.negative": "the noise that the UNet sees under the negative prompt",
-    "guidance.positive": "the noise that the UNet sees under the prompt",
-    "guidance.guided": "both combined: the noise that the scheduler takes away",
-    "x0": "where the UNet thinks that this is going, each step",
+    "guidance.negative": "the noise prediction for the negative prompt",
+    "guidance.positive": "the noise prediction for the prompt",
+    "guidance.guided": "both combined by classifier-free guidance: what the scheduler is given",
+    "x0": "the predicted clean latents (x0-hat) of each step",
     "latents": "the latents after each step",
 }
 MEANINGS = {  # by the last part of a name
     "q": "queries",
     "k": "keys",
     "v": "values",
-    "out": "attention's answer, heads joined",
-    "time": "the time, as this block is told it",
-    "shortcut": "the residual, brought to another width",
-    "expand": "the wide vector inside a feed-forward",
-    "contract": "what a feed-forward adds",
-    "proj_in": "pixels as a sequence",
-    "proj_out": "what a transformer adds to its residual",
-    "conv_in": "the first features; also the first skip",
-    "conv_out": "what the network says",
+    "out": "the output projection of attention, heads concatenated",
+    "time": "the timestep embedding, projected for this block",
+    "shortcut": "the residual connection, projected to another number of channels",
+    "expand": "the hidden layer of a feed-forward network",
+    "contract": "the output of a feed-forward network, before its residual connection",
+    "proj_in": "feature map positions as a sequence",
+    "proj_out": "the output of a transformer, before its residual connection",
+    "conv_in": "the first feature map; also the first skip connection",
+    "conv_out": "the output of the network",
 }
 
 
@@ -492,15 +434,15 @@ def points_at(name: str, aliases: tuple[str, ...], module: nn.Module, source: st
         return Point(f"{name}.{kind}", tuple(f"{alias}.{kind}" for alias in aliases), kind, module, meaning, source)
 
     if isinstance(module, Attention):
-        yield more("probabilities", "who looks at whom: (batch, heads, from, to), rows add up to 1")
+        yield more("probabilities", "attention weights (batch, heads, query, key), rows add up to 1")
     if isinstance(module, ResnetBlock | SpatialTransformer):
-        yield more("residual", "what the block adds its own part to")
+        yield more("residual", "the residual connection of the block")
     if isinstance(module, TimeEmbedding):
-        yield more("waves", "the timestep as cosines, then sines")
+        yield more("waves", "the sinusoidal timestep embedding: cosines, then sines")
 
 
 def enclosing(root: nn.Module, path: str) -> str:
-    """Where the code stands that computes a module: its own, or for torch's layers that of the block around it."""
+    """Where the code is that computes a module: its own, or for torch's layers that of the block around it."""
     module = root.get_submodule(path)
     while path and not type(module).__module__.startswith("minisd"):
         path = path.rpartition(".")[0]
@@ -521,7 +463,7 @@ class Row:
 
 @torch.no_grad()
 def catalogue(config: ModelConfig) -> list[Row]:
-    """Every tap of a model of this configuration, with its shape in a guided run for one picture. Needs no weights."""
+    """Every tap of a model of this configuration, with its shape in a guided run for one image. Needs no weights."""
     from types import SimpleNamespace
 
     with torch.device("meta"):

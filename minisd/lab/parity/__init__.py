@@ -1,10 +1,12 @@
 """The parity lab: are two implementations the same function, and if not, where do they part?
 
     from minisd.lab.parity.compare import compare
-    verdict = compare("diffusers:weights/emoji", "minisd:weights/emoji")
+    verdict = compare("minisd:weights/emoji", "minisd:weights/emoji@bfloat16")
     print(verdict.word, verdict.sentence)
 
-The walk: `sides.py` opens whatever is compared, `cases.py` says on which input, `promote.py` takes rounding away,
-`pairing.py` finds each module's twin, `shadow.py` feeds twins the same input, `ladder.py` does the same for what stands
-between the networks, `compare.py` puts it together, and `verdict.py` is the result that everything else reads.
+The walk: `sides.py` and `opening.py` open whatever is compared, `cases.py` says on which input, `promote.py` makes code
+compute in float64, `pairing.py` finds the counterpart of each module, `replay.py` gives both the same input,
+`ladder.py` does the same for what is computed between the networks, `retrace.py` for a recorded trace; `judge.py`
+judges every observation, `conclude.py` puts the findings into words, `compare.py` puts it together. `verdict.py` is the
+result.
 """

@@ -6,16 +6,16 @@ both modules have the fact, it must be equal.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from minisd.lab.hooks import Listener
 from minisd.lab.parity.pairing import Twins
 from minisd.lab.parity.verdict import ROUNDED, Attribute
-from minisd.module_names import source_of
+from minisd.lab.sources import source_of
 
 # One fact, and the attributes that different authors keep it in.
 FACTS: dict[str, tuple[str, ...]] = {
@@ -168,15 +168,16 @@ def computing_dtypes(root: nn.Module, run: Callable[[], Any]) -> dict[str, set[s
     """Path of a module -> the dtypes that its own code computes in, from one run in working precision."""
     spy = DtypeSpy()
 
-    def leave_module(*_: Any) -> None:
+    def enters(path: str) -> Callable[..., None]:
+        return lambda *_: spy.inside.append(path)
+
+    def leaves(*_: Any) -> None:
         spy.inside.pop()
 
-    with torch.no_grad(), ExitStack() as stack:
+    with torch.no_grad(), Listener() as listener:
         for path, module in root.named_modules():
-            enter = module.register_forward_pre_hook(lambda *_, path=path: spy.inside.append(path))
-            leave = module.register_forward_hook(leave_module, always_call=True)
-            stack.callback(enter.remove)
-            stack.callback(leave.remove)
+            listener.before(module, enters(path))
+            listener.after(module, leaves, always=True)
         with spy:
             run()
     return spy.seen

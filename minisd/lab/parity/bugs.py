@@ -1,14 +1,18 @@
 """Mistakes that people make, to be planted in a copy of a model: what `minisd parity --demo` and the tests find.
 
-Each is a few lines that some implementation got wrong, or could have. It changes one copy, never a class, and returns
-the exact names that a comparison has to come up with. In: a `StableDiffusion`. Out: a copy with the mistake in it.
+Each is a row of one table: a few lines that some implementation got wrong, or could have. It changes one copy, never a
+class, and returns the exact names that a comparison has to come up with. In: a side. Out: a copy with the mistake.
+Modules are found by minisd's names, so that rows which change a number or a weight work in diffusers' code too.
 """
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+import functools
+import shlex
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from types import MethodType, SimpleNamespace
 from typing import Any
 
@@ -19,64 +23,169 @@ from torch import Tensor, nn
 
 import minisd.layers
 import minisd.pipeline
+import minisd.schedulers.ddpm
 import minisd.text_encoder
 import minisd.unet
-import minisd.vae
-from minisd.lab.parity.verdict import DIFFERENT, PRECISION
+from minisd.checkpoint.hub import embedded_model
+from minisd.lab.parity.compare import Progress, compare
+from minisd.lab.parity.judge import Observer
+from minisd.lab.parity.opening import open_side
+from minisd.lab.parity.sides import MinisdSide, PipelineSide, minisd_side
+from minisd.lab.parity.verdict import DIFFERENT, PRECISION, Verdict
 from minisd.noise import draw_noise
-from minisd.pipeline import StableDiffusion
+from minisd.schedulers import equations
 
-Plant = Callable[[Any], list[str]]
+Plant = Callable[[PipelineSide], list[str]]
 
 
 @dataclass(frozen=True)
 class Bug:
-    """One mistake. `plant` makes it in place and returns the culprits' names."""
+    """One mistake. `plant` makes it in a copy and returns the culprits' names."""
 
     name: str
     what: str
     plant: Plant
+    probe: str = ""  # what the parity tests look at to notice it: "unet", "vae", "text", "ddim", ...; "": not theirs
     word: str = DIFFERENT
+    lab: bool = True  # is it to be found by a comparison of two whole models in the lab?
 
 
-BUGS: dict[str, Bug] = {}
+def planted(side: PipelineSide, name: str, plant: Plant | None = None) -> tuple[PipelineSide, list[str]]:
+    """A copy of a side with a mistake, and where it is; `plant`: another way to make it than the table's.
 
-
-def bug(name: str, what: str, word: str = DIFFERENT) -> Callable[[Plant], Plant]:
-    """Enter a mistake into the list."""
-
-    def enter(plant: Plant) -> Plant:
-        BUGS[name] = Bug(name, what, plant, word)
-        return plant
-
-    return enter
-
-
-def planted(sd: StableDiffusion, name: str) -> tuple[StableDiffusion, list[str]]:
-    """A copy of `sd` with a mistake, and where it is. Raises ValueError for a name that is not in the list."""
-    if name not in BUGS:
+    Raises ValueError for a name that is not in the table.
+    """
+    if name not in BUGS and name not in OTHERS:
         raise ValueError(f"{name!r} is no bug to plant; there are: {', '.join(BUGS)}")
-    mutant = copy.copy(sd)
-    for part in ("text_encoder", "unet", "vae"):
-        setattr(mutant, part, copy.deepcopy(getattr(sd, part)))
-    return mutant, BUGS[name].plant(mutant)
+    mutant = copied_side(side, f"a copy with the bug {name!r}")
+    return mutant, (plant or (BUGS.get(name) or OTHERS[name]).plant)(mutant)
 
 
-# ---- tools -----------------------------------------------------------------------------------------------
+def copied_side(side: PipelineSide, name: str) -> PipelineSide:
+    """A side with networks and a scheduler of its own."""
+    model = copy.copy(side.model)
+    for part in ("text_encoder", "unet", "vae", "scheduler"):
+        if part in vars(model):
+            vars(model)[part] = copy.deepcopy(vars(model)[part])
+    return type(side)(name, model, side.config)
 
 
-def path_of(sd: Any, wanted: nn.Module) -> str:
-    """unet.down.0.resnet.norm1, ..."""
-    for part in ("unet", "vae", "text_encoder"):
-        for path, module in getattr(sd, part).named_modules():
-            if module is wanted:
-                return f"{part}.{path}".rstrip(".")
-    raise ValueError("not a module of this model")
+def demonstrate(
+    bug: str, a: str | None, case: Mapping[str, Any], progress: Progress, observe: Observer | None = None
+) -> Verdict:
+    """Compare A (by default the embedded model) with a copy of it in minisd that has a bug.
+
+    Raises ValueError for a bug or a side that there is not.
+    """
+    reference = open_side(a or f"minisd:{embedded_model()}")
+    kind, _, path = (a or "").partition(":")
+    if not isinstance(reference, MinisdSide) and kind != "diffusers":
+        raise ValueError(f"{a}: a bug can be planted in a copy of minisd:PATH or diffusers:PATH only")
+    mutant, _ = planted(reference if isinstance(reference, MinisdSide) else minisd_side(path), bug)
+    verdict = compare(reference, mutant, case, progress=progress, observe=observe)
+    verdict.command = shlex.join(["minisd", "parity", *([a] if a else []), "--demo", bug])
+    return verdict
 
 
-def says(module: nn.Module, forward: Callable[..., Any]) -> None:
-    """Give one module another `forward`."""
-    module.forward = MethodType(forward, module)
+# ---- how to plant: in any implementation ----------------------------------------------------------------
+
+ALL = slice(None)  # every module that a pattern fits; FIRST and LAST: one of them
+FIRST, LAST = slice(1), slice(-1, None)
+
+
+def modules(side: PipelineSide, pattern: str, which: slice = FIRST) -> list[tuple[str, Any]]:
+    """(name, module) of those whose names fit "unet.*.attention.norm", in the order of the network."""
+    component = pattern.partition(".")[0]
+    network = side.networks[component]
+    named = (
+        (f"{component}.{network.canonical.get(path, '?')}".rstrip("."), m) for path, m in network.root.named_modules()
+    )
+    found = [(name, module) for name, module in named if fnmatchcase(name, pattern)]
+    assert found, f"no module is called {pattern}"
+    return found[which]
+
+
+def change(pattern: str, alter: Callable[[Any], Any], which: slice = FIRST) -> Plant:
+    """Alter modules; they are the culprits."""
+
+    @torch.no_grad()
+    def plant(side: PipelineSide) -> list[str]:
+        found = modules(side, pattern, which)
+        for _, module in found:
+            alter(module)
+        return [name for name, _ in found]
+
+    return plant
+
+
+def number(pattern: str, which: slice = FIRST, **numbers: Any) -> Plant:
+    """Set attributes of modules; a function is given the right value."""
+
+    def alter(module: Any) -> None:
+        for name, value in numbers.items():
+            before = getattr(module, name)
+            after = value(before) if callable(value) else value
+            assert before != after, f"{name} is {after} already"
+            setattr(module, name, after)
+
+    return change(pattern, alter, which)
+
+
+def half(value: int) -> int:
+    return value // 2
+
+
+def swapped(one: str, other: str) -> Plant:
+    """The weights of two modules exchanged."""
+
+    def plant(side: PipelineSide) -> list[str]:
+        (a_name, a), (b_name, b) = modules(side, one)[0], modules(side, other)[0]
+        a.weight.data, b.weight.data = b.weight.data, a.weight.data
+        return [a_name, b_name]
+
+    return plant
+
+
+def schedule(culprit: str, **numbers: Any) -> Plant:
+    """Another setting of the scheduler."""
+
+    def plant(side: PipelineSide) -> list[str]:
+        model = side.model
+        if isinstance(side, MinisdSide):
+            model.scheduler_config = {**model.scheduler_config, **numbers}
+        else:
+            model.scheduler = type(model.scheduler).from_config(model.scheduler.config, **numbers)
+        return [culprit]
+
+    return plant
+
+
+def scaling_factor(side: PipelineSide) -> list[str]:
+    vae = side.model.vae
+    factor = vae.config.scaling_factor * 1.0001
+    if isinstance(side, MinisdSide):
+        vae.config = dataclasses.replace(vae.config, scaling_factor=factor)
+    else:
+        vae.register_to_config(scaling_factor=factor)
+    return ["VAE input"]
+
+
+def final_alpha_by_hand(side: PipelineSide) -> list[str]:
+    side.model.scheduler.final_alpha_cumprod = torch.tensor(1.0)
+    return ["final alpha"]
+
+
+# ---- how to plant: in minisd's code ---------------------------------------------------------------------
+
+
+def forward(pattern: str, function: Callable[..., Any], which: slice = FIRST) -> Plant:
+    """Give modules another `forward`."""
+    return change(pattern, lambda module: setattr(module, "forward", MethodType(function, module)), which)
+
+
+def right(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """What a module's class computes."""
+    return type(module).forward(module, *args, **kwargs)
 
 
 @contextmanager
@@ -90,103 +199,44 @@ def changed(namespace: Any, name: str, value: Any) -> Iterator[None]:
         setattr(namespace, name, before)
 
 
-def runs_with(module: nn.Module, namespace: Any, name: str, value: Any) -> None:
+def runs_with(pattern: str, namespace: Any, name: str, value: Any) -> Plant:
     """One module's `forward` runs with another function under that name."""
 
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with changed(namespace, name, value):
-            return type(self).forward(self, *args, **kwargs)
+            return right(self, *args, **kwargs)
 
-    says(module, forward)
-
-
-def attention_at(sd: Any) -> Any:
-    """The transformer of the UNet's first block that has one."""
-    return next(block.attention for block in (*sd.unet.down, *sd.unet.middle) if block.attention is not None)
+    return forward(pattern, run)
 
 
-def first(modules: Any, kind: type) -> Any:
-    return next(module for module in modules if isinstance(module, kind))
+def torch_with(**functions: Any) -> Any:
+    """torch, but for some functions."""
+    return SimpleNamespace(**{**vars(torch), **functions})
 
 
-def set_number(sd: Any, module: nn.Module, **numbers: Any) -> list[str]:
-    """Change attributes of one module; it is the culprit."""
-    for name, value in numbers.items():
-        assert getattr(module, name) != value, f"{name} is {value} already"
-        setattr(module, name, value)
-    return [path_of(sd, module)]
+def method(culprit: str, name: str, function: Callable[..., Any], part: str = "") -> Plant:
+    """Give the model, or a part of it, another method."""
+
+    def plant(side: PipelineSide) -> list[str]:
+        owner = getattr(side.model, part) if part else side.model
+        setattr(owner, name, MethodType(function, owner))
+        return [culprit]
+
+    return plant
 
 
-def set_schedule(sd: Any, **numbers: Any) -> None:
-    sd.config = dataclasses.replace(sd.config, scheduler={**sd.config.scheduler, **numbers})
+def scheduler(alter: Callable[[Any], None]) -> Plant:
+    """Alter every scheduler that the model makes."""
+
+    def make_scheduler(self: Any, *settings: Any) -> Any:
+        made = type(self).make_scheduler(self, *settings)
+        alter(made)
+        return made
+
+    return method("", "make_scheduler", make_scheduler)
 
 
-# ---- epsilons --------------------------------------------------------------------------------------------
-
-
-@bug("eps-resnet", "GroupNorm of a UNet ResNet block with eps 1e-6 (stable-diffusion.cpp)")
-def _(sd: Any) -> list[str]:
-    return set_number(sd, sd.unet.down[0].resnet.norm1, eps=1e-6)
-
-
-@bug("eps-resnet-norm2", "the second GroupNorm of a UNet ResNet block with eps 1e-6")
-def _(sd: Any) -> list[str]:
-    return set_number(sd, sd.unet.up[-1].resnet.norm2, eps=1e-6)
-
-
-@bug("eps-transformer", "GroupNorm before a transformer with eps 1e-5 (MLX, tinygrad)")
-def _(sd: Any) -> list[str]:
-    return set_number(sd, attention_at(sd).norm, eps=1e-5)
-
-
-@bug("eps-transformer-everywhere", "GroupNorm before every transformer with eps 1e-5")
-def _(sd: Any) -> list[str]:
-    blocks = (*sd.unet.down, *sd.unet.middle, *sd.unet.up)
-    return [name for b in blocks if b.attention is not None for name in set_number(sd, b.attention.norm, eps=1e-5)]
-
-
-@bug("eps-layernorm", "LayerNorm before cross-attention with eps 1e-6")
-def _(sd: Any) -> list[str]:
-    return set_number(sd, attention_at(sd).cross_attn_norm, eps=1e-6)
-
-
-@bug("eps-unet-out", "the UNet's last GroupNorm with eps 1e-6")
-def _(sd: Any) -> list[str]:
-    return set_number(sd, sd.unet.norm_out, eps=1e-6)
-
-
-@bug("eps-vae-encoder", "GroupNorm of the VAE's encoder with eps 1e-5 (hkproj, kjsman, tinygrad, MLX)")
-def _(sd: Any) -> list[str]:
-    return set_number(sd, sd.vae.encoder.down[0].norm1, eps=1e-5)
-
-
-@bug("eps-vae-decoder", "GroupNorm of the VAE's decoder with eps 1e-5")
-def _(sd: Any) -> list[str]:
-    return set_number(sd, sd.vae.decoder.up[0].norm2, eps=1e-5)
-
-
-@bug("eps-vae-attention", "GroupNorm before the VAE's attention with eps 1e-5")
-def _(sd: Any) -> list[str]:
-    return set_number(sd, sd.vae.decoder.middle[1].norm, eps=1e-5)
-
-
-@bug("eps-vae-out", "the VAE's last GroupNorm with eps 1e-5")
-def _(sd: Any) -> list[str]:
-    return set_number(sd, sd.vae.decoder.norm_out, eps=1e-5)
-
-
-@bug("eps-clip", "LayerNorm of CLIP with eps 1e-6")
-def _(sd: Any) -> list[str]:
-    return set_number(sd, sd.text_encoder.layers[0].feed_forward_norm, eps=1e-6)
-
-
-@bug("norm-groups", "GroupNorm with half as many groups")
-def _(sd: Any) -> list[str]:
-    norm = sd.unet.middle[0].resnet.norm2
-    return set_number(sd, norm, num_groups=norm.num_groups // 2)
-
-
-# ---- attention -------------------------------------------------------------------------------------------
+# ---- the mistakes' own code ------------------------------------------------------------------------------
 
 
 def attend(self: Any, x: Tensor, context: Tensor, **settings: Any) -> Tensor:
@@ -198,395 +248,307 @@ def attend(self: Any, x: Tensor, context: Tensor, **settings: Any) -> Tensor:
     return self.out(rearrange(x, "b h n d -> b n (h d)"))
 
 
-@bug("attention-scale", "attention scaled by the whole width instead of a head's")
-def _(sd: Any) -> list[str]:
-    attention = attention_at(sd).self_attn
-
-    def forward(self: Any, x: Tensor, context: Tensor, *, causal: bool) -> Tensor:
-        return attend(self, x, context, is_causal=causal, scale=self.q.out_features**-0.5)
-
-    says(attention, forward)
-    return [path_of(sd, attention)]
+def scaled_by_width(self: Any, x: Tensor, context: Tensor, *, causal: bool) -> Tensor:
+    return attend(self, x, context, is_causal=causal, scale=self.q.out_features**-0.5)
 
 
-@bug("attention-heads", "half as many heads (attention_head_dim read as a size)")
-def _(sd: Any) -> list[str]:
-    attention = attention_at(sd).cross_attn
-    return set_number(sd, attention, heads=attention.heads // 2)
+def never_causal(self: Any, x: Tensor, context: Tensor, *, causal: bool) -> Tensor:
+    return attend(self, x, context)
 
 
-@bug("no-causal-mask", "CLIP without its causal mask")
-def _(sd: Any) -> list[str]:
-    def forward(self: Any, x: Tensor, context: Tensor, *, causal: bool) -> Tensor:
-        return attend(self, x, context)
-
-    for layer in sd.text_encoder.layers:
-        says(layer.self_attn, forward)
-    return [path_of(sd, layer.self_attn) for layer in sd.text_encoder.layers]
+def always_causal(self: Any, x: Tensor, context: Tensor, *, causal: bool) -> Tensor:
+    return attend(self, x, context, is_causal=True)
 
 
-@bug("causal-unet", "a causal mask in the UNet's self-attention")
-def _(sd: Any) -> list[str]:
-    def forward(self: Any, x: Tensor, context: Tensor, *, causal: bool) -> Tensor:
-        return attend(self, x, context, is_causal=True)
-
-    says(attention_at(sd).self_attn, forward)
-    return [path_of(sd, attention_at(sd).self_attn)]
+def gated(combine: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    """GEGLU with another formula."""
+    return lambda self, x: self.contract(combine(*self.expand(x).chunk(2, dim=-1)))
 
 
-@bug("q-k-swapped", "the weights of q and k, of equal shape, swapped")
-def _(sd: Any) -> list[str]:
-    attention = attention_at(sd).self_attn
-    attention.q, attention.k = attention.k, attention.q
-    return [path_of(sd, attention.q), path_of(sd, attention.k)]
+def pad_all_sides(conv: Any) -> None:
+    conv.padding, conv._reversed_padding_repeated_twice = (1, 1), [1, 1, 1, 1]
 
 
-# ---- activations and feed-forward ------------------------------------------------------------------------
+def padded_left(side: PipelineSide) -> list[str]:
+    conv, _ = modules(side, "vae.encoder.down.*.conv")[0]
+    return forward(conv.removesuffix(".conv"), lambda self, x: self.conv(F.pad(x, (1, 0, 1, 0))))(side)
 
 
-@bug("gelu-tanh", "the tanh approximation of GELU in a feed-forward (candle, tinygrad, stable-diffusion.cpp)")
-def _(sd: Any) -> list[str]:
-    def forward(self: Any, x: Tensor) -> Tensor:
-        value, gate = self.expand(x).chunk(2, dim=-1)
-        return self.contract(value * F.gelu(gate, approximate="tanh"))
-
-    says(attention_at(sd).feed_forward, forward)
-    return [path_of(sd, attention_at(sd).feed_forward)]
+def bilinear(self: Any, x: Tensor, size: tuple[int, int]) -> Tensor:
+    return self.conv(F.interpolate(x, size=size, mode="bilinear"))
 
 
-@bug("geglu-swapped", "value and gate of GEGLU swapped")
-def _(sd: Any) -> list[str]:
-    def forward(self: Any, x: Tensor) -> Tensor:
-        gate, value = self.expand(x).chunk(2, dim=-1)
-        return self.contract(value * F.gelu(gate))
+def skip_taken_before(self: Any, *args: Any, **kwargs: Any) -> Any:
+    used: list[Tensor] = []
 
-    says(attention_at(sd).feed_forward, forward)
-    return [path_of(sd, attention_at(sd).feed_forward)]
-
-
-@bug("clip-gelu", "the exact GELU in CLIP instead of the quick one")
-def _(sd: Any) -> list[str]:
-    return [
-        name
-        for layer in sd.text_encoder.layers
-        for name in set_number(sd, layer.feed_forward, activation=minisd.layers.ACTIVATIONS["gelu"])
-    ]
-
-
-@bug("resnet-gelu", "GELU instead of SiLU in a ResNet block")
-def _(sd: Any) -> list[str]:
-    return set_number(sd, sd.unet.middle[1].resnet, activation=minisd.layers.ACTIVATIONS["gelu"])
-
-
-@bug("no-last-activation", "no SiLU before the UNet's last convolution")
-def _(sd: Any) -> list[str]:
-    return set_number(sd, sd.unet, activation=nn.Identity())
-
-
-# ---- shapes and order ------------------------------------------------------------------------------------
-
-
-@bug("vae-padding", "the VAE's downsampling padded on all four sides (kjsman)")
-def _(sd: Any) -> list[str]:
-    down = first(sd.vae.encoder.down, minisd.layers.Downsample)
-    return set_number(sd, down.conv, padding=(1, 1), _reversed_padding_repeated_twice=[1, 1, 1, 1])
-
-
-@bug("vae-padding-left", "the VAE's downsampling padded on the left and the top")
-def _(sd: Any) -> list[str]:
-    down = first(sd.vae.encoder.down, minisd.layers.Downsample)
-    says(down, lambda self, x: self.conv(F.pad(x, (1, 0, 1, 0))))
-    return [path_of(sd, down)]
-
-
-@bug("unet-padding", "the UNet's downsampling padded like the VAE's")
-def _(sd: Any) -> list[str]:
-    down = next(block.downsample for block in sd.unet.down if block.downsample is not None)
-    return set_number(sd, down.conv, padding=(0, 0))
-
-
-@bug("bilinear", "bilinear enlargement in the place of nearest-neighbour")
-def _(sd: Any) -> list[str]:
-    up = next(block.upsample for block in sd.unet.up if block.upsample is not None)
-
-    def forward(self: Any, x: Tensor, size: tuple[int, int]) -> Tensor:
-        return self.conv(F.interpolate(x, size=size, mode="bilinear"))
-
-    says(up, forward)
-    return [path_of(sd, up)]
-
-
-@bug("skip-order", "a skip of the way up that was taken before, where its shape allows it")
-def _(sd: Any) -> list[str]:
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        used: list[Tensor] = []
-
-        def cat(tensors: Any, dim: int = 0) -> Tensor:
-            if dim == 1:
-                x, skip = tensors
-                again = [tensor for tensor in used if tensor.shape == skip.shape]
-                tensors = [x, again[0] if again else skip]
-                used.append(skip)
-            return torch.cat(tensors, dim=dim)
-
-        with changed(minisd.unet, "torch", SimpleNamespace(**{**vars(torch), "cat": cat})):
-            return type(self).forward(self, *args, **kwargs)
-
-    says(sd.unet, forward)
-    return ["unet"]
-
-
-@bug("skip-first", "skips put before what they are joined to")
-def _(sd: Any) -> list[str]:
     def cat(tensors: Any, dim: int = 0) -> Tensor:
-        return torch.cat(list(tensors)[::-1] if dim == 1 else tensors, dim=dim)
+        if dim == 1:
+            x, skip = tensors
+            again = [tensor for tensor in used if tensor.shape == skip.shape]
+            tensors = [x, again[0] if again else skip]
+            used.append(skip)
+        return torch.cat(tensors, dim=dim)
 
-    runs_with(sd.unet, minisd.unet, "torch", SimpleNamespace(**{**vars(torch), "cat": cat}))
-    return ["unet"]
-
-
-@bug("residual-scale", "a residual block whose output is 1.0001 times what it should be")
-def _(sd: Any) -> list[str]:
-    block = sd.unet.up[0].resnet
-    says(block, lambda self, x, time=None: type(self).forward(self, x, time) * 1.0001)
-    return [path_of(sd, block)]
+    with changed(minisd.unet, "torch", torch_with(cat=cat)):
+        return right(self, *args, **kwargs)
 
 
-@bug("no-residual", "a transformer that forgets its residual")
-def _(sd: Any) -> list[str]:
-    attention = attention_at(sd)
-    says(attention, lambda self, x, context: type(self).forward(self, x, context) - x)
-    return [path_of(sd, attention)]
+def cat_reversed(tensors: Any, dim: int = 0) -> Tensor:
+    return torch.cat(list(tensors)[::-1] if dim == 1 else tensors, dim=dim)
 
 
-@bug("no-time", "a ResNet block that is not told the time")
-def _(sd: Any) -> list[str]:
-    block = sd.unet.middle[0].resnet
-    says(block, lambda self, x, time=None: type(self).forward(self, x, None))
-    return [path_of(sd, block)]
+EMBEDDING = minisd.unet.timestep_embedding
 
 
-# ---- the time embedding ----------------------------------------------------------------------------------
-
-WAVES = minisd.unet.timestep_embedding
-
-
-@bug("sin-cos", "sines before cosines in the time embedding")
-def _(sd: Any) -> list[str]:
-    def waves(timesteps: Tensor, width: int) -> Tensor:
-        cosines, sines = WAVES(timesteps, width).chunk(2, dim=-1)
-        return torch.cat([sines, cosines], dim=-1)
-
-    runs_with(sd.unet, minisd.unet, "timestep_embedding", waves)
-    return ["unet"]
+def sines_first(timesteps: Tensor, width: int) -> Tensor:
+    cosines, sines = EMBEDDING(timesteps, width).chunk(2, dim=-1)
+    return torch.cat([sines, cosines], dim=-1)
 
 
-@bug("frequency-shift", "frequencies of the time embedding that end one step too far (freq_shift 1)")
-def _(sd: Any) -> list[str]:
-    def waves(timesteps: Tensor, width: int) -> Tensor:
-        half = width // 2
-        powers = torch.arange(half, dtype=torch.float32) / (half - 1)
-        angles = timesteps[:, None].float() * torch.exp(-9.210340371976184 * powers)
+def embedding(dtype: torch.dtype, shift: int) -> Callable[[Tensor, int], Tensor]:
+    """The sinusoidal timestep embedding in a dtype, its frequencies shifted."""
+
+    def timestep_embedding(timesteps: Tensor, width: int) -> Tensor:
+        powers = torch.arange(width // 2, dtype=dtype) / (width // 2 - shift)
+        angles = timesteps[:, None].to(dtype) * torch.exp(-9.210340371976184 * powers)
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
-    runs_with(sd.unet, minisd.unet, "timestep_embedding", waves)
-    return ["unet"]
+    return timestep_embedding
 
 
-@bug("time-dtype", "the time embedding computed in float16", word=PRECISION)
-def _(sd: Any) -> list[str]:
-    def waves(timesteps: Tensor, width: int) -> Tensor:
-        half = width // 2
-        powers = torch.arange(half, dtype=torch.float16) / half
-        angles = timesteps[:, None].half() * torch.exp(-9.210340371976184 * powers)
-        return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-    runs_with(sd.unet, minisd.unet, "timestep_embedding", waves)
-    return ["unet"]
+def positions_from_1(end: int, **settings: Any) -> Tensor:
+    return (torch.arange(end, **settings) + 1).clamp(max=end - 1)
 
 
-# ---- weights ---------------------------------------------------------------------------------------------
+def second_last_layer(self: Any, ids: Tensor, *, clip_skip: int = 0) -> Tensor:
+    return right(self, ids, clip_skip=1)
 
 
-@bug("one-weight", "one weight of one matrix off by a millionth")
-def _(sd: Any) -> list[str]:
-    matrix = sd.unet.middle[0].attention.cross_attn.v
-    with torch.no_grad():
-        matrix.weight[0, 0] += 1e-6
-    return [path_of(sd, matrix)]
-
-
-@bug("unused-weight", "one weight off that the case does not reach: a token that is not in the prompt")
-def _(sd: Any) -> list[str]:
-    with torch.no_grad():
-        sd.text_encoder.token_embedding.weight[7, 0] += 1e-6
-    return ["text_encoder.token_embedding"]
-
-
-@bug("bias-lost", "a bias that was not loaded")
-def _(sd: Any) -> list[str]:
-    with torch.no_grad():
-        sd.vae.decoder.conv_in.bias.zero_()
-    return ["vae.decoder.conv_in"]
-
-
-@bug("transposed", "a square matrix loaded transposed")
-def _(sd: Any) -> list[str]:
-    matrix = sd.vae.encoder.middle[1].attn.v
-    with torch.no_grad():
-        matrix.weight.copy_(matrix.weight.T.clone())
-    return [path_of(sd, matrix)]
-
-
-# ---- CLIP ------------------------------------------------------------------------------------------------
-
-
-@bug("no-final-norm", "CLIP without its final LayerNorm")
-def _(sd: Any) -> list[str]:
-    sd.text_encoder.final_norm = nn.Identity()
+def no_final_norm(side: PipelineSide) -> list[str]:
+    side.model.text_encoder.final_norm = nn.Identity()
     return ["text_encoder.final_norm"]
 
 
-@bug("positions", "CLIP's positions counted from 1")
-def _(sd: Any) -> list[str]:
-    def arange(end: int, **settings: Any) -> Tensor:
-        return (torch.arange(end, **settings) + 1).clamp(max=end - 1)
+def padding_token(side: PipelineSide) -> list[str]:
+    tokenizer = side.model.tokenizer
 
-    lookalike = SimpleNamespace(**{**vars(torch), "arange": arange})
-    runs_with(sd.text_encoder, minisd.text_encoder, "torch", lookalike)
-    return ["text_encoder"]
+    def padded_with_0(texts: list[str]) -> Tensor:
+        ids = tokenizer(texts)
+        return ids.masked_fill((ids == ids[:, -1:]).cumsum(dim=1) > 1, 0)
 
-
-@bug("clip-skip", "the second last layer of CLIP in the place of the last")
-def _(sd: Any) -> list[str]:
-    says(sd.text_encoder, lambda self, ids, *, clip_skip=0: type(self).forward(self, ids, clip_skip=1))
-    return ["text_encoder"]
-
-
-@bug("padding-token", "prompts filled up with token 0")
-def _(sd: Any) -> list[str]:
-    right = sd.tokenizer
-
-    def tokenizer(texts: list[str]) -> Tensor:
-        ids = right(texts)
-        padding = (ids == ids[:, -1:]).cumsum(dim=1) > 1
-        return ids.masked_fill(padding, 0)
-
-    sd.tokenizer = tokenizer
+    side.model.tokenizer = padded_with_0
     return ["tokens"]
 
 
-# ---- the VAE ---------------------------------------------------------------------------------------------
+def logvar_not_clamped(self: Any, images: Tensor) -> Any:
+    gaussian = type(self).encode(self, images)
+    gaussian.logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)[1]
+    return gaussian
 
 
-@bug("logvar", "the log variance of the VAE not clamped")
-def _(sd: Any) -> list[str]:
-    def encode(self: Any, images: Tensor) -> Any:
-        gaussian = type(self).encode(self, images)
-        gaussian.logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)[1]
-        return gaussian
-
-    sd.vae.encode = MethodType(encode, sd.vae)
-    return ["VAE moments"]
-
-
-@bug("scaling-factor", "latents scaled by another factor on their way to the VAE")
-def _(sd: Any) -> list[str]:
-    config = dataclasses.replace(sd.vae.config, scaling_factor=sd.vae.config.scaling_factor * 1.0001)
-    sd.vae.config = config
-    return ["VAE input"]
-
-
-@bug("pixels-truncated", "bytes cut instead of rounded (CompVis, kjsman, hkproj)")
-def _(sd: Any) -> list[str]:
-    right = minisd.pipeline.to_pictures
-    sd.to_pictures = lambda images: right(((images / 2 + 0.5).clamp(0, 1) * 255).floor() / 127.5 - 1)
+def pixels_truncated(side: PipelineSide) -> list[str]:
+    rounded = minisd.pipeline.to_pictures
+    side.model.to_pictures = lambda images: rounded(((images / 2 + 0.5).clamp(0, 1) * 255).floor() / 127.5 - 1)
     return ["pixels"]
 
 
-# ---- the loop and the schedule ---------------------------------------------------------------------------
-
-
-def guided(combine: Callable[[Tensor, Tensor, float], Tensor]) -> Plant:
-    """Another formula of guidance."""
+def guidance(combine: Callable[[Tensor, Tensor, float], Tensor]) -> Plant:
+    """Another formula of classifier-free guidance."""
 
     def predict_noise(self: Any, x: Tensor, t: Tensor, context: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
         negative, positive = self.unet(torch.cat([x, x]), t, context).chunk(2)
-        return combine(negative, positive, scale)
+        eps = combine(negative, positive, scale)
+        return minisd.pipeline.rescale_guidance(eps, positive, rescale) if rescale > 0 else eps
 
-    def plant(sd: Any) -> list[str]:
-        sd.predict_noise = MethodType(predict_noise, sd)
-        return ["guidance"]
-
-    return plant
+    return method("guidance", "predict_noise", predict_noise)
 
 
-bug("guidance-order", "the two halves of guidance swapped")(
-    guided(lambda negative, positive, scale: positive + scale * (negative - positive))
-)
-bug("guidance-formula", "guidance counted from the prompt's own prediction")(
-    guided(lambda negative, positive, scale: positive + scale * (positive - negative))
-)
+def rescaled_by_channel(eps: Tensor, positive: Tensor, amount: float) -> Tensor:
+    spread = positive.std((2, 3), keepdim=True) / eps.std((2, 3), keepdim=True)
+    return amount * eps * spread + (1 - amount) * eps
 
 
-@bug("final-alpha", "a last step that ends at alpha 1 (tinygrad)")
-def _(sd: Any) -> list[str]:
-    set_schedule(sd, set_alpha_to_one=True)
-    return ["final alpha"]
+def guidance_by_channel(self: Any, *args: Any) -> Tensor:
+    with changed(minisd.pipeline, "rescale_guidance", rescaled_by_channel):
+        return type(self).predict_noise(self, *args)
 
 
-@bug("steps-offset", "timesteps without the offset of 1")
-def _(sd: Any) -> list[str]:
-    set_schedule(sd, steps_offset=0)
-    return ["timesteps"]
+def channels_drawn_last(self: Any, shape: tuple[int, ...], generator: Any, latents: Tensor | None) -> Tensor:
+    if latents is not None:
+        return type(self).initial_noise(self, shape, generator, latents)
+    size = torch.Size((shape[0], shape[2], shape[3], shape[1]))
+    return draw_noise(size, generator, self.device, self.dtype).permute(0, 3, 1, 2)
 
 
-@bug("spacing", "timesteps that end instead of begin at a multiple (trailing)")
-def _(sd: Any) -> list[str]:
-    set_schedule(sd, timestep_spacing="trailing")
-    return ["timesteps"]
+def prompts_reversed(self: Any, prompts: Any, negatives: Any, *rest: Any) -> Tensor:
+    return type(self).encode_prompt(self, prompts[::-1], negatives, *rest)
 
 
-@bug("betas", "another curve of betas")
-def _(sd: Any) -> list[str]:
-    set_schedule(sd, beta_schedule="linear")
-    return ["alphas"]
+def interleaved(self: Any, prompts: Any, negatives: Any, images_per_prompt: int = 1, *rest: Any) -> Tensor:
+    halves = type(self).encode_prompt(self, prompts, negatives, 1, *rest).chunk(1 if negatives is None else 2)
+    return torch.cat([half.repeat(images_per_prompt, 1, 1) for half in halves])
 
 
-@bug("beta-end", "betas that end at 0.0121")
-def _(sd: Any) -> list[str]:
-    set_schedule(sd, beta_end=0.0121)
-    return ["alphas"]
+def betas_in_float64(made: Any) -> None:
+    """CompVis computes the schedule in float64 and rounds it once."""
+    table = {**equations.BETA_SCHEDULES, "scaled_linear": scaled_linear_in_float64}
+    with changed(equations, "BETA_SCHEDULES", table):
+        vars(made).update(vars(type(made).from_config(made.config)))
 
 
-@bug("clip-sample", "x0 clipped to [-1, 1], as for pixels")
-def _(sd: Any) -> list[str]:
-    set_schedule(sd, clip_sample=True)
-    return ["latents"]
+def scaled_linear_in_float64(start: float, end: float, steps: int) -> Tensor:
+    return (torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2).float()
 
 
-@bug("v-prediction", "noise taken for velocity")
-def _(sd: Any) -> list[str]:
-    set_schedule(sd, prediction_type="v_prediction")
-    return ["latents"]
+def ends_as_ddim(made: Any) -> None:
+    """DDPM's last step ends at alpha 1, DDIM's (in SD 1.5) at alphas_cumprod[0]."""
+    alpha_bar = made.alpha_bar
+    made.alpha_bar = lambda t: made.alphas_cumprod[0] if t < 0 else alpha_bar(t)
 
 
-@bug("noise-order", "the initial noise drawn in another order of axes")
-def _(sd: Any) -> list[str]:
-    def initial_noise(self: Any, shape: tuple[int, ...], generator: Any, latents: Tensor | None) -> Tensor:
-        if latents is not None:
-            return type(self).initial_noise(self, shape, generator, latents)
-        size = torch.Size((shape[0], shape[2], shape[3], shape[1]))
-        return draw_noise(size, generator, self.device, self.dtype).permute(0, 3, 1, 2)
+def no_noise_at_the_end(made: Any) -> None:
+    """SD 1.5 ends at t=1, which still gets noise; only t=0 gets none.
 
-    sd.initial_noise = MethodType(initial_noise, sd)
-    return ["initial noise"]
+    It is too little to see (the variance is clamped at 1e-20), but the generator's state is another afterwards.
+    """
+    step = made.step
+
+    @functools.wraps(step)
+    def silent_at_the_end(noise: Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+        if int(timestep) != int(made.timesteps[-1]):
+            return step(noise, timestep, *args, **kwargs)
+        with changed(minisd.schedulers.ddpm, "draw_noise", lambda shape, *_: torch.zeros(shape)):
+            return step(noise, timestep, *args, **kwargs)
+
+    made.step = silent_at_the_end
 
 
-@bug("context-swapped", "the prompts of a batch in the wrong order")
-def _(sd: Any) -> list[str]:
-    def encode_prompt(self: Any, prompts: Any, negatives: Any, *rest: Any) -> Tensor:
-        return type(self).encode_prompt(self, prompts[::-1], negatives, *rest)
+# ---- the table -------------------------------------------------------------------------------------------
 
-    sd.encode_prompt = MethodType(encode_prompt, sd)
-    return ["UNet context"]
+GELU = minisd.layers.ACTIVATIONS["gelu"]
+TRANSFORMER = "unet.*.attention"  # the first of them
+
+TABLE = (
+    # Epsilons and groups of norms.
+    Bug("eps-resnet", "GroupNorm of a UNet ResNet block with eps 1e-6 (stable-diffusion.cpp)",
+        number("unet.down.0.resnet.norm1", eps=1e-6), "unet"),
+    Bug("eps-resnet-norm2", "the second GroupNorm of a UNet ResNet block with eps 1e-6",
+        number("unet.up.*.resnet.norm2", LAST, eps=1e-6)),
+    Bug("eps-transformer", "GroupNorm before a transformer with eps 1e-5 (MLX, tinygrad)",
+        number(f"{TRANSFORMER}.norm", eps=1e-5), "unet"),
+    Bug("eps-transformer-everywhere", "GroupNorm before every transformer with eps 1e-5",
+        number(f"{TRANSFORMER}.norm", ALL, eps=1e-5)),
+    Bug("eps-layernorm", "LayerNorm before cross-attention with eps 1e-6",
+        number(f"{TRANSFORMER}.cross_attn_norm", eps=1e-6), "unet"),
+    Bug("eps-unet-out", "the UNet's last GroupNorm with eps 1e-6", number("unet.norm_out", eps=1e-6)),
+    Bug("eps-vae-encoder", "GroupNorm of the VAE's encoder with eps 1e-5 (hkproj, kjsman, tinygrad, MLX)",
+        number("vae.encoder.down.0.norm1", eps=1e-5), "vae"),
+    Bug("eps-vae-decoder", "GroupNorm of the VAE's decoder with eps 1e-5", number("vae.decoder.up.0.norm2", eps=1e-5)),
+    Bug("eps-vae-attention", "GroupNorm before the VAE's attention with eps 1e-5",
+        number("vae.decoder.middle.1.norm", eps=1e-5)),
+    Bug("eps-vae-out", "the VAE's last GroupNorm with eps 1e-5", number("vae.decoder.norm_out", eps=1e-5)),
+    Bug("eps-clip", "LayerNorm of CLIP with eps 1e-6",
+        number("text_encoder.layers.0.feed_forward_norm", eps=1e-6), "text"),
+    Bug("norm-groups", "GroupNorm with half as many groups",
+        number("unet.middle.0.resnet.norm2", num_groups=half), "unet"),
+    # Attention.
+    Bug("attention-scale", "attention scaled by the whole width instead of a head's",
+        forward(f"{TRANSFORMER}.self_attn", scaled_by_width)),
+    Bug("attention-heads", "half as many heads (attention_head_dim read as a size)",
+        number(f"{TRANSFORMER}.cross_attn", heads=half), "unet"),
+    Bug("clip-heads", "half as many heads in CLIP",
+        number("text_encoder.layers.0.self_attn", heads=half), "text", lab=False),
+    Bug("no-causal-mask", "CLIP without its causal mask",
+        forward("text_encoder.layers.*.self_attn", never_causal, ALL), "text"),
+    Bug("causal-unet", "a causal mask in the UNet's self-attention",
+        forward(f"{TRANSFORMER}.self_attn", always_causal)),
+    Bug("q-k-swapped", "the weights of q and k, of equal shape, swapped",
+        swapped(f"{TRANSFORMER}.self_attn.q", f"{TRANSFORMER}.self_attn.k"), "unet"),
+    # Activations and feed-forward networks.
+    Bug("gelu-tanh", "the tanh approximation of GELU in a feed-forward (candle, tinygrad, stable-diffusion.cpp)",
+        forward(f"{TRANSFORMER}.feed_forward", gated(lambda value, gate: value * F.gelu(gate, approximate="tanh"))),
+        "unet"),
+    Bug("geglu-swapped", "value and gate of GEGLU swapped",
+        forward(f"{TRANSFORMER}.feed_forward", gated(lambda gate, value: value * F.gelu(gate))), "unet"),
+    Bug("clip-gelu", "the exact GELU in CLIP instead of the quick one",
+        number("text_encoder.layers.*.feed_forward", ALL, activation=lambda _: GELU), "text"),
+    Bug("resnet-gelu", "GELU instead of SiLU in a ResNet block",
+        number("unet.middle.1.resnet", activation=lambda _: GELU)),
+    Bug("no-last-activation", "no SiLU before the UNet's last convolution",
+        number("unet", activation=lambda _: nn.Identity())),
+    # Shapes and order.
+    Bug("vae-padding", "the VAE's downsampling padded on all four sides (kjsman)",
+        change("vae.encoder.down.*.conv", pad_all_sides), "vae"),
+    Bug("vae-padding-left", "the VAE's downsampling padded on the left and the top",
+        padded_left),
+    Bug("unet-padding", "the UNet's downsampling padded like the VAE's",
+        number("unet.*.downsample.conv", padding=(0, 0))),
+    Bug("bilinear", "bilinear enlargement in the place of nearest-neighbour", forward("unet.*.upsample", bilinear)),
+    Bug("skip-order", "a skip connection that was used before, where its shape allows it",
+        forward("unet", skip_taken_before), "unet"),
+    Bug("skip-first", "skip connections concatenated before the feature maps instead of behind them",
+        runs_with("unet", minisd.unet, "torch", torch_with(cat=cat_reversed))),
+    Bug("residual-scale", "a residual block whose output is 1.0001 times what it should be",
+        forward("unet.up.0.resnet", lambda self, x, time=None: right(self, x, time) * 1.0001), "unet"),
+    Bug("no-residual", "a transformer without its residual connection",
+        forward(TRANSFORMER, lambda self, x, context: right(self, x, context) - x)),
+    Bug("no-time", "a ResNet block without timestep conditioning",
+        forward("unet.middle.0.resnet", lambda self, x, time=None: right(self, x, None))),
+    # The timestep embedding.
+    Bug("sin-cos", "sines before cosines in the time embedding",
+        runs_with("unet", minisd.unet, "timestep_embedding", sines_first), "unet"),
+    Bug("frequency-shift", "frequencies of the time embedding that end one step too far (freq_shift 1)",
+        runs_with("unet", minisd.unet, "timestep_embedding", embedding(torch.float32, 1)), "unet"),
+    Bug("time-dtype", "the time embedding computed in float16",
+        runs_with("unet", minisd.unet, "timestep_embedding", embedding(torch.float16, 0)), word=PRECISION),
+    # Weights.
+    Bug("one-weight", "one weight of one matrix off by a millionth",
+        change("unet.middle.0.attention.cross_attn.v", lambda module: module.weight[0, 0].add_(1e-6)), "unet"),
+    Bug("unused-weight", "one weight off that the case does not reach: a token that is not in the prompt",
+        change("text_encoder.token_embedding", lambda module: module.weight[7, 0].add_(1e-6))),
+    Bug("bias-lost", "a bias that was not loaded", change("vae.decoder.conv_in", lambda module: module.bias.zero_())),
+    Bug("transposed", "a square matrix loaded transposed",
+        change("vae.encoder.middle.1.attn.v", lambda module: module.weight.copy_(module.weight.T.clone()))),
+    # CLIP.
+    Bug("no-final-norm", "CLIP without its final LayerNorm", no_final_norm, "text"),
+    Bug("positions", "CLIP's positions counted from 1",
+        runs_with("text_encoder", minisd.text_encoder, "torch", torch_with(arange=positions_from_1))),
+    Bug("clip-skip", "the second last layer of CLIP in the place of the last",
+        forward("text_encoder", second_last_layer)),
+    Bug("padding-token", "prompts padded with token 0", padding_token),
+    # The VAE.
+    Bug("logvar", "the log variance of the VAE not clamped",
+        method("VAE moments", "encode", logvar_not_clamped, "vae"), "logvar"),
+    Bug("scaling-factor", "latents scaled by another factor before the VAE", scaling_factor, "ddim"),
+    Bug("pixels-truncated", "bytes cut instead of rounded (CompVis, kjsman, hkproj)", pixels_truncated, "ddim"),
+    # The loop and the schedule.
+    Bug("guidance-order", "the two halves of guidance swapped",
+        guidance(lambda negative, positive, scale: positive + scale * (negative - positive)), "ddim"),
+    Bug("guidance-formula", "guidance counted from the prompt's own prediction",
+        guidance(lambda negative, positive, scale: positive + scale * (positive - negative))),
+    Bug("guidance-rescale", "guidance rescaled channel by channel",
+        method("guidance", "predict_noise", guidance_by_channel), "ddim", lab=False),
+    Bug("final-alpha", "a last step that ends at alpha 1 (tinygrad)",
+        schedule("final alpha", set_alpha_to_one=True), "ddim"),
+    Bug("final-alpha-by-hand", "a scheduler whose final alpha was set by hand", final_alpha_by_hand, lab=False),
+    Bug("steps-offset", "timesteps without the offset of 1", schedule("timesteps", steps_offset=0), "ddim"),
+    Bug("spacing", "timesteps that end instead of begin at a multiple (trailing)",
+        schedule("timesteps", timestep_spacing="trailing"), "ddim"),
+    Bug("betas", "another curve of betas", schedule("alphas", beta_schedule="linear"), "ddim"),
+    Bug("beta-end", "betas that end at 0.0121", schedule("alphas", beta_end=0.0121), "ddim"),
+    Bug("betas-float64", "betas computed in float64 and rounded once (CompVis)",
+        scheduler(betas_in_float64), "betas", lab=False),
+    Bug("clip-sample", "x0 clipped to [-1, 1], as for pixels", schedule("latents", clip_sample=True), "ddim"),
+    Bug("v-prediction", "noise prediction taken for velocity", schedule("latents", prediction_type="v_prediction")),
+    Bug("ddpm-final-alpha", "DDPM's last step ending where DDIM's does", scheduler(ends_as_ddim), "ddpm", lab=False),
+    Bug("ddpm-last-noise", "DDPM without noise at its last step", scheduler(no_noise_at_the_end), "ddpm", lab=False),
+    Bug("noise-order", "the initial noise drawn in another order of axes",
+        method("initial noise", "initial_noise", channels_drawn_last)),
+    Bug("context-swapped", "the prompts of a batch in the wrong order",
+        method("UNet context", "encode_prompt", prompts_reversed)),
+    Bug("interleaved", "images of a prompt in the order a, b, a, b instead of a, a, b, b",
+        method("UNet context", "encode_prompt", interleaved), "ddim", lab=False),
+)  # fmt: skip
+
+BUGS = {bug.name: bug for bug in TABLE if bug.lab}
+OTHERS = {bug.name: bug for bug in TABLE if not bug.lab}  # of the tests only: the lab compares no DDPM and no rescaling

@@ -1,6 +1,6 @@
 """The input on which two sides are compared.
 
-Real prompts in a batch of two, a picture that is not square, and two scales of noise: at 1 an epsilon of 1e-5 instead
+Real prompts in a batch of two, an image that is not square, and two scales of noise: at 1 an epsilon of 1e-5 instead
 of 1e-6 moves the result by a few millionths, at 0.01 by some percent.
 """
 
@@ -67,5 +67,5 @@ class Case:
         return self.noise(len(self.prompts), channels, self.height // factor, self.width // factor)
 
     def images(self, channels: int = 3) -> Tensor:
-        """A picture of noise in [-1, 1], one is enough."""
+        """An image of noise, (1, channels, height, width) in [-1, 1]."""
         return self.noise(1, channels, self.height, self.width, offset=1).clamp(-1, 1)

@@ -1,4 +1,4 @@
-"""What a person wants to see of two tensors that should be equal: where they differ, by how much, how often.
+"""What a report shows of two tensors that should be equal: where they differ, by how much, how often.
 
 An `Evidence` is an observer of a comparison (`compare(..., observe=evidence)`). Of every pair of modules it keeps the
 call in which B is farthest from A, as a few hundred numbers: tensors are not kept.
@@ -32,7 +32,7 @@ class Sight:
 
 @dataclass
 class Evidence:
-    """Sights by the pair's name, and the pictures that came out at the end."""
+    """Sights by the pair's name, and the images of the whole runs."""
 
     sights: dict[str, Sight] = field(default_factory=dict)
     pictures: tuple[Tensor, Tensor] | None = None  # (B, 3, H, W) in [-1, 1]

@@ -1,4 +1,4 @@
-"""How much memory a comparison of two models will take, said before it starts.
+"""How much memory a comparison of two models will take, estimated before it starts.
 
 Weights stay in their own precision (float64 is made one weight at a time), so what counts beside them is what the UNet
 and the VAE hold at once in float64.

@@ -1,19 +1,19 @@
 """Which module of A is which of B.
 
 In: two networks, each with what its weights are called in minisd. Out: twins, in A's order, each with the twins around
-it. Modules that hold the same weights are twins; between two copies of one code, those at the same path are, and a side
-of its own making may say by name which of its modules is which. What has no twin is compared as a part of whatever
-stands around it. Next: `shadow.py`.
+it. Modules that hold the same weights are twins; between two copies of one code, those at the same path are. For a part
+of the user's own a name map says which of its modules is which; the others are found by their copied weights. What
+has no twin is compared as a part of the module around it. Next: `replay.py`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from torch import nn
 
-from minisd.module_names import contents, module_names, same_contents, weight_names
+from minisd.lab.names import contents, module_names, same_contents, weight_names
 
 LISTS = (nn.ModuleList, nn.ModuleDict)  # modules that hold others and cannot be called
 
@@ -39,13 +39,14 @@ class Network:
 
     @cached_property
     def canonical(self) -> dict[str, str]:
-        """Path -> minisd's path within the component, where there is one."""
-        if self.modules:
-            return {path: resolve(self.component, self.config, name) for path, name in self.modules.items()}
-        if self.config is None:
-            return {}
+        """Path -> minisd's path within the component, where there is one. Names that were given come first."""
+        named = {path: resolve(self.component, self.config, name) for path, name in self.modules.items()}
+        if self.config is None or (self.modules and not self.weights):
+            return named
         own = contents(weight_names(self.component, self.config, "minisd"))
-        return same_contents(contents(self.weights), own)
+        by_weights = same_contents(contents(self.weights), own)
+        taken = set(named.values())
+        return named | {path: name for path, name in by_weights.items() if path not in named and name not in taken}
 
 
 @dataclass
@@ -82,9 +83,17 @@ def pair_networks(a: Network, b: Network) -> list[Twins]:
     ]
     if not twins:
         raise ValueError(f"{a.component}: A and B have no module in common by name; give a name map")
+    return with_parents(twins)
+
+
+def with_parents(twins: list[Twins]) -> list[Twins]:
+    """Each twin with the name of the closest one around it."""
     by_path = {twin.a_path: twin.name for twin in twins}
     for twin in twins:
-        twin.parent = nearest(twin.a_path, by_path)
+        path = twin.a_path
+        while path and not twin.parent:
+            path = path.rpartition(".")[0]
+            twin.parent = by_path.get(path, "")
     return twins
 
 
@@ -109,10 +118,97 @@ def display_names(a: Network, b: Network, paths: Mapping[str, str]) -> dict[str,
     return names
 
 
-def nearest(path: str, named: Mapping[str, str]) -> str:
-    """The name of the closest module around `path` that is in `named`."""
-    while path:
-        path = path.rpartition(".")[0]
-        if path in named:
-            return named[path]
-    return ""
+# ---- two modules without a component ---------------------------------------------------------------------
+
+
+class Function(nn.Module):
+    """A function that looks like a module."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+def as_module(thing: Callable[..., Any]) -> nn.Module:
+    return thing if isinstance(thing, nn.Module) else Function(thing)
+
+
+def pair_modules(
+    a: nn.Module, b: nn.Module, names: Mapping[str, str] | None, titles: tuple[str, str] = ("A", "B")
+) -> list[Twins]:
+    """Twins by `names` (B's path -> A's), or by equal paths; the two themselves in any case.
+
+    Raises ValueError for a path that is not there.
+    """
+    if names is not None and not isinstance(names, Mapping):
+        raise ValueError(f"names: must be a dict from paths in {titles[1]} to paths in {titles[0]}")
+    mine, theirs = dict(a.named_modules()), dict(b.named_modules())
+    pairs = {mine_path: path for path, mine_path in names.items()} if names is not None else {p: p for p in mine}
+    for title, paths, modules in ((titles[0], pairs.keys(), mine), (titles[1], pairs.values(), theirs)):
+        strange = [path for path in paths if path not in modules] if names is not None else []
+        if strange:
+            have = ", ".join(list(modules)[1:6])
+            raise ValueError(f"names: {title} has no module {strange[0]!r}; it has {have or 'none'} ...")
+    found = [
+        Twins(path, path, pairs[path], module, theirs[pairs[path]])
+        for path, module in mine.items()
+        if path and pairs.get(path) in theirs and not isinstance(module, LISTS)
+    ]
+    return with_parents([Twins("(whole)", "", "", a, b), *found])
+
+
+# ---- a part without names --------------------------------------------------------------------------------
+
+
+def same_weights(reference: Network, place: str, part: nn.Module) -> dict[str, str]:
+    """The weights of a part -> minisd's names of those in its counterpart at `place`.
+
+    Modules are paired whose weights have the same numbers, then those whose shapes occur once on each side.
+    """
+    root = next((path for path, name in reference.canonical.items() if name == place), None)
+    if root is None:
+        return {}
+    mine, theirs = with_weights(part), with_weights(reference.root.get_submodule(root))
+    pairs: dict[str, str] = {}
+    for key in (numbers_of, shapes_of):
+        here = grouped({path: module for path, module in mine.items() if path not in pairs}, key)
+        there = grouped({path: module for path, module in theirs.items() if path not in pairs.values()}, key)
+        for what, paths in here.items():
+            others = there.get(what, [])
+            if len(paths) == len(others) and (key is numbers_of or len(paths) == 1):
+                pairs.update(zip(paths, others, strict=True))
+    names = {}
+    for path, other in pairs.items():
+        for weight, _ in mine[path].named_parameters(recurse=False):
+            own = ".".join(filter(None, [root, other, weight]))
+            if own in reference.weights:
+                names[".".join(filter(None, [path, weight]))] = reference.weights[own]
+    return names
+
+
+def with_weights(root: nn.Module) -> dict[str, nn.Module]:
+    """Path -> module, of those with weights of their own."""
+    return {
+        path: module
+        for path, module in root.named_modules()
+        if next(module.parameters(recurse=False), None) is not None
+    }
+
+
+def grouped(modules: Mapping[str, nn.Module], key: Callable[[nn.Module], Any]) -> dict[Any, list[str]]:
+    groups: dict[Any, list[str]] = {}
+    for path, module in modules.items():
+        groups.setdefault(key(module), []).append(path)
+    return groups
+
+
+def shapes_of(module: nn.Module) -> Any:
+    return tuple((name, tuple(weight.shape)) for name, weight in sorted(module.named_parameters(recurse=False)))
+
+
+def numbers_of(module: nn.Module) -> Any:
+    weights = sorted(module.named_parameters(recurse=False))
+    return shapes_of(module), tuple(hash(weight.detach().cpu().float().numpy().tobytes()) for _, weight in weights)

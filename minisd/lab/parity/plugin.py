@@ -1,8 +1,8 @@
-"""For pytest: `parity`, a fixture that asserts that two callables are the same function.
+"""For pytest: `minisd_parity`, a fixture that asserts that two callables are the same function.
 
-    def test_my_resnet_block(parity):
+    def test_my_resnet_block(minisd_parity):
         mine, reference = MyBlock(...), ResnetBlock(...)
-        parity(reference, mine, torch.randn(2, 32, 8, 8), torch.randn(2, 128))
+        minisd_parity(reference, mine, torch.randn(2, 32, 8, 8), torch.randn(2, 128))
 
 No tolerance: both are run in float64, module by module, and what differs there is another function. The test fails with
 the culprit, its R64, and the command that runs it again. Importing this loads nothing but pytest.
@@ -20,12 +20,12 @@ SCALES = (1.0, 0.01)  # of the inputs: an epsilon that is ten times too large sh
 
 
 @pytest.fixture
-def parity(request: pytest.FixtureRequest) -> Callable[..., "Verdict"]:
-    """`parity(reference, candidate, *inputs, names=None)` -> the verdict, or the test fails.
+def minisd_parity(request: pytest.FixtureRequest) -> Callable[..., "Verdict"]:
+    """`minisd_parity(reference, candidate, *inputs, names=None)` -> the verdict, or the test fails.
 
     `reference`, `candidate`: modules or functions. `inputs`: what both are called with, once as it is and once with
-    its floating-point tensors at a hundredth. `names`: path of a module in the candidate -> path of its twin in the
-    reference; without it, modules at the same path are twins.
+    its floating-point tensors at a hundredth. `names`: path of a module in the candidate -> path of its counterpart in
+    the reference; without it, modules at the same path are paired.
     """
 
     def same_function(
@@ -35,12 +35,16 @@ def parity(request: pytest.FixtureRequest) -> Callable[..., "Verdict"]:
         names: Mapping[str, str] | None = None,
     ) -> "Verdict":
         __tracebackhide__ = True
-        from minisd.lab.parity.modules import compare_modules
+        from minisd.lab.parity.compare import compare_modules
+        from minisd.lab.parity.pairing import as_module, pair_modules
 
-        verdict = compare_modules(
-            reference, candidate, [scaled(inputs, scale) for scale in SCALES], names=names,
-            titles=("the reference", "the candidate"),
-        )  # fmt: skip
+        titles = "the reference", "the candidate"
+        try:
+            pair_modules(as_module(reference), as_module(candidate), names, titles)
+        except ValueError as error:  # wrong names: a sentence helps more than a traceback
+            pytest.fail(f"minisd_parity: {error}", pytrace=False)
+        calls = [scaled(inputs, scale) for scale in SCALES]
+        verdict = compare_modules(reference, candidate, calls, names=names, titles=titles)
         verdict.command = f"python -m pytest {request.node.nodeid}"
         if not verdict.same:
             pytest.fail(message(verdict), pytrace=False)
@@ -55,7 +59,7 @@ def scaled(inputs: tuple[Any, ...], scale: float) -> tuple[Any, ...]:
 
 
 def message(verdict: "Verdict") -> str:
-    """What a person who broke something wants to read."""
+    """The test's failure: the verdict, and what each culprit does not have in common with its counterpart."""
     lines = [f"{verdict.word}: {verdict.sentence}"]
     for name in verdict.culprits:
         pair = next((pair for pair in verdict.pairs if pair.name == name), None)

@@ -1,7 +1,7 @@
 """Run any code in float64, whatever dtype its author wrote down.
 
     with float64():
-        output = module(x.double(), ...)
+        context = sd.text_encoder(sd.tokenizer(["red heart"]))  # float64, though the weights are float32
 
 `.double()` on a module is not enough: code with a hard-coded float32 (the waves of the time embedding, say) would go on
 rounding there, and a correct implementation would look wrong. Under `float64` every operation gets its floating-point

@@ -1,7 +1,7 @@
-"""A verdict as one HTML file: no request to any network, light and dark, to be walked through by keyboard.
+"""A verdict as one HTML file: no request to any network, light and dark, usable by keyboard.
 
 In: a `Verdict`, and what an `Evidence` saw. Out: text. The page itself is `report.html` beside this file; here are the
-drawings (inline SVG, and pictures as data) and the numbers in words.
+drawings (inline SVG, and images as data URLs) and the numbers as text.
 """
 
 import base64
@@ -84,7 +84,7 @@ def slug(name: str) -> str:
 
 
 def page_of(pair: ModulePair, sight: Sight | None) -> dict[str, Any]:
-    """All that the page says of a pair."""
+    """All that the page shows of a pair."""
     return {
         "pair": pair,
         "depth": pair.name.count("."),
@@ -117,7 +117,7 @@ def bars(counts: Sequence[int]) -> dict[str, Any]:
 
 
 def heat_map(rows: list[list[float]]) -> str:
-    """A map of distances as a picture: black is the smallest, white the largest, on a logarithmic scale."""
+    """A map of distances as an image: black is the smallest, white the largest, on a logarithmic scale."""
     logs = [[math.log10(value) if value > 0 else -400.0 for value in row] for row in rows]
     top = max(max(row) for row in logs)
     bottom = max(min((value for row in logs for value in row if value > -400), default=top), top - 6)
@@ -127,7 +127,7 @@ def heat_map(rows: list[list[float]]) -> str:
 
 
 def as_data(picture: Image.Image) -> str:
-    """A picture inside the page."""
+    """A PIL image as a data URL."""
     file = io.BytesIO()
     picture.save(file, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
@@ -181,7 +181,7 @@ def matrix(verdict: Verdict) -> list[dict[str, Any]]:
 
 
 def pictures(pair: tuple[Tensor, Tensor]) -> dict[str, Any]:
-    """A's pictures, B's, and their differences, enlarged by a power of two so that the largest just can be shown."""
+    """A's images, B's, and their differences, enlarged by a power of two so that the largest just can be shown."""
     apart = (pair[1] - pair[0]).abs().nan_to_num(nan=2.0).clamp(max=2)
     largest = float(apart.max())
     factor = 2 ** math.floor(math.log2(2 / largest)) if largest else 1

@@ -1,18 +1,12 @@
-"""What can be compared: a model in minisd, the same in diffusers, anybody's function or module, a trace in a file.
+"""Whole models to compare: one in minisd, one in diffusers, each with its own loop.
 
-    minisd:PATH   diffusers:PATH   python:package.module:function   trace:FILE.safetensors
-
-A whole pipeline (minisd, diffusers) has networks and what stands between them: the tokenizer, the schedule, guidance,
-a scheduler's step, the way to pixels. Both are looked at from outside, while they run as they always do: the calls from
-the loop into the networks are listened to, or answered in their place. In: a side's name. Out: a `Side`.
+A pipeline has networks and what is computed between them: the tokenizer, the schedule, guidance, a scheduler's step,
+the conversion to pixels. Both are observed from outside, while they run as they always do. In: a path. Out: a
+`PipelineSide`. Next: `opening.py`.
 """
 
 import copy
-import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,81 +14,21 @@ from torch import Tensor
 
 from minisd.checkpoint.errors import CheckpointError
 from minisd.checkpoint.keymap import COMPONENTS, KEYS
+from minisd.lab.hooks import Listener
+from minisd.lab.parity.calls import first_tensor
 from minisd.lab.parity.cases import Case
 from minisd.lab.parity.pairing import Network
 from minisd.lab.parity.promote import as_written
-from minisd.lab.parity.shadow import first_tensor
+from minisd.lab.parity.trajectory import Trajectory, recording
 
 TABLES = ("alphas_cumprod", "final_alpha_cumprod")
 
 
-@contextmanager
-def replaced(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """One object's method, changed for a while. It keeps its signature, which pipelines look at."""
-    original = getattr(owner, name)
-    had_own = name in vars(owner)
-    setattr(owner, name, functools.wraps(original)(make(original)))
-    try:
-        yield
-    finally:
-        if had_own:
-            setattr(owner, name, original)
-        else:
-            delattr(owner, name)
-
-
-def first_arguments(args: Any, kwargs: Any, count: int) -> list[Any]:
-    """The first `count` arguments of a call, in the order in which they were written."""
-    return [*args, *kwargs.values()][:count]
-
-
-@dataclass
-class UNetCall:
-    """latents (R, C, H, W), timestep, context (R, T, D) -> noise (R, C, H, W): R rows, both halves of guidance."""
-
-    latents: Tensor
-    timestep: Tensor
-    context: Tensor
-    noise: Tensor
-
-
-@dataclass
-class StepCall:
-    """A scheduler's step: guided noise and x_t -> x_(t-1), and x0 where it says so."""
-
-    noise: Tensor
-    timestep: Tensor
-    sample: Tensor
-    previous: Tensor
-    x0: Tensor | None
-
-
-@dataclass
-class Trajectory:
-    """Everything that went over the bridges between the parts of a pipeline, in one run."""
-
-    tokens: list[Tensor] = field(default_factory=list)
-    embeddings: list[Tensor] = field(default_factory=list)
-    unet: list[UNetCall] = field(default_factory=list)
-    steps: list[StepCall] = field(default_factory=list)
-    z: Tensor | None = None  # what the VAE was given to decode
-    images: Tensor | None = None
-
-    def embedding_of(self, ids: Tensor) -> Tensor | None:
-        """What the text encoder said of one row of ids, (T, D)."""
-        for tokens, embeddings in zip(self.tokens, self.embeddings, strict=True):
-            for row, embedding in zip(tokens, embeddings, strict=True):
-                if torch.equal(row.cpu(), ids.cpu()):
-                    return embedding
-        return None
-
-
 class Side:
-    """One of the two. `name` is as the person wrote it."""
+    """One of the two that are compared. `name` is as it was typed."""
 
     name: str
     networks: dict[str, Network]
-    has_float64 = True
 
     def versions(self) -> dict[str, str]:
         return {"torch": torch.__version__}
@@ -118,7 +52,7 @@ class PipelineSide(Side):
     def dtype(self) -> torch.dtype:
         return next(self.model.unet.parameters()).dtype
 
-    # What each can be asked for, on input that is given.
+    # What each computes from given inputs. Images are (B, 3, H, W) in [-1, 1], pixels (B, H, W, 3) bytes.
 
     def tokens(self, texts: list[str]) -> Tensor:
         raise NotImplementedError
@@ -146,139 +80,27 @@ class PipelineSide(Side):
         raise NotImplementedError
 
     def run(self, case: Case, latents: Tensor, scheduler: Any) -> None:
-        """The pipeline's own loop, from prompt to picture."""
+        """The pipeline's own loop, from prompt to image."""
         raise NotImplementedError
 
     def answer(self, tensor: Tensor) -> Any:
         """A network's answer in the form that the loop expects."""
         return tensor
 
-    # Listening, and answering.
+    # Recording, and answering.
 
     @torch.no_grad()
     def trajectory(self, case: Case, latents: Tensor, playback: Trajectory | None = None) -> Trajectory:
-        """Run the loop from `latents`. With `playback` the networks say what they said there, and are not run."""
-        heard = Trajectory()
-        scheduler = self.scheduler()
-        with (
-            replaced(self.model.text_encoder, "forward", self.hears_text(heard, playback)),
-            replaced(self.model.unet, "forward", self.hears_unet(heard, playback)),
-            replaced(self.model.vae, "decode", self.hears_decoder(heard, playback)),
-            replaced(scheduler, "step", self.hears_step(heard)),
-        ):
+        """Run the loop from `latents`. With `playback` the networks return what they did there, and are not run."""
+        heard, scheduler = Trajectory(), self.scheduler()
+        around = recording(heard, self.answer, playback)
+        with Listener() as listener:
+            listener.around(self.model.text_encoder, "forward", around["text_encoder"])
+            listener.around(self.model.unet, "forward", around["unet"])
+            listener.around(self.model.vae, "decode", around["vae"])
+            listener.around(scheduler, "step", around["step"])
             self.run(case, latents, scheduler)
         return heard
-
-    def hears_text(self, heard: Trajectory, playback: Trajectory | None) -> Callable[..., Any]:
-        def make(original: Callable[..., Any]) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                (ids,) = first_arguments(args, kwargs, 1)
-                rows = [playback.embedding_of(row) for row in ids] if playback else [None]
-                known = [row for row in rows if row is not None]
-                output = self.answer(torch.stack(known)) if len(known) == len(ids) else original(*args, **kwargs)
-                heard.tokens.append(ids)
-                heard.embeddings.append(first_tensor(output))
-                return output
-
-            return forward
-
-        return make
-
-    def hears_unet(self, heard: Trajectory, playback: Trajectory | None) -> Callable[..., Any]:
-        def make(original: Callable[..., Any]) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                latents, t, context = (torch.as_tensor(one).clone() for one in first_arguments(args, kwargs, 3))
-                if playback is None:
-                    output = original(*args, **kwargs)
-                else:
-                    there = playback.unet[min(len(heard.unet), len(playback.unet) - 1)]
-                    rows = matching_rows((latents, context), (there.latents, there.context))
-                    output = self.answer(there.noise[rows])
-                heard.unet.append(UNetCall(latents, t, context, first_tensor(output)))
-                return output
-
-            return forward
-
-        return make
-
-    def hears_decoder(self, heard: Trajectory, playback: Trajectory | None) -> Callable[..., Any]:
-        def make(original: Callable[..., Any]) -> Callable[..., Any]:
-            def decode(*args: Any, **kwargs: Any) -> Any:
-                (heard.z,) = first_arguments(args, kwargs, 1)
-                known = playback is not None and playback.images is not None
-                output = self.answer(playback.images) if known else original(*args, **kwargs)  # type: ignore[union-attr,arg-type]
-                heard.images = first_tensor(output)
-                return output
-
-            return decode
-
-        return make
-
-    def hears_step(self, heard: Trajectory) -> Callable[..., Any]:
-        def make(original: Callable[..., Any]) -> Callable[..., Any]:
-            def step(*args: Any, **kwargs: Any) -> Any:
-                noise, t, sample = first_arguments(args, kwargs, 3)
-                result = original(*args, **kwargs)
-                heard.steps.append(StepCall(noise, torch.as_tensor(t), sample, *both_samples(result)))
-                return result
-
-            return step
-
-        return make
-
-
-def both_samples(result: Any) -> tuple[Tensor, Tensor | None]:
-    """x_(t-1) and x0 of what a scheduler's step returns."""
-    found = tuple(result.values()) if isinstance(result, Mapping) else tuple(result)
-    return found[0], found[1] if len(found) > 1 else None
-
-
-Inputs = tuple[Tensor, Tensor]  # of a UNet: latents and context
-
-
-def matching_rows(mine: Inputs, theirs: Inputs) -> list[int]:
-    """For each row of a UNet's input the row of the other's that it stands for.
-
-    A loop may have the two halves of guidance in either order. What is wrong in latents or in context alone must not
-    upset the order of the other: rows that agree in one of the two are taken for the same.
-    """
-    count = len(theirs[0])
-    same, swapped = list(range(count)), [*range(count // 2, count), *range(count // 2)]
-    if len(mine[0]) == count:
-        latents, contexts = zip(mine, theirs, strict=True)
-        for rows in (same, swapped):
-            if agree(*latents, rows) and agree(*contexts, rows):
-                return rows
-        for pair, rows in ((latents, same), (contexts, same), (contexts, swapped)):
-            if agree(*pair, rows):
-                return rows
-    return nearest_rows(mine, theirs)
-
-
-def agree(mine: Tensor, theirs: Tensor, rows: list[int]) -> bool:
-    """Are these the same rows, up to rounding in any dtype?"""
-    if mine.shape != theirs.shape:
-        return False
-    return bool((mine - theirs[rows]).abs().max() <= 0.01 * theirs.abs().max())
-
-
-def nearest_rows(mine: Inputs, theirs: Inputs) -> list[int]:
-    """For each row the nearest of the other's, each taken once as long as there are any."""
-    free = list(range(len(theirs[0])))
-    rows = []
-    for index in range(len(mine[0])):
-
-        def apart(row: int, index: int = index) -> float:
-            return sum(
-                float((m[index] - t[row]).abs().max()) if m[index].shape == t[row].shape else float("inf")
-                for m, t in zip(mine, theirs, strict=True)
-            )
-
-        best = min(free or range(len(theirs[0])), key=apart)
-        if best in free:
-            free.remove(best)
-        rows.append(best)
-    return rows
 
 
 class MinisdSide(PipelineSide):
@@ -460,3 +282,19 @@ def located(path: str) -> str:
     from minisd.checkpoint.hub import resolve
 
     return str(resolve(path))
+
+
+SHAPES = {
+    "unet": ("in_channels", "out_channels", "widths", "attention", "resnets_per_level", "context_width"),
+    "vae": ("image_channels", "latent_channels", "widths", "resnets_per_level"),
+    "text_encoder": ("vocabulary", "context_length", "width", "layers", "hidden_width"),
+}
+
+
+def check_shapes(a: PipelineSide, b: PipelineSide) -> None:
+    """Raise ValueError for two models of which one's weights cannot be the other's."""
+    for component, names in SHAPES.items():
+        for name in names:
+            one, other = (getattr(getattr(side.config, component), name) for side in (a, b))
+            if one != other:
+                raise ValueError(f"{component}: {name} is {one} in A and {other} in B: shapes that cannot be paired")

@@ -11,7 +11,7 @@ steps, guidance, height, width, seed), and may hold "config", "versions" and "si
     step.I/latents          (R, C, h, w) what goes into the UNet, with
     step.I/timestep         ()
     step.I/context          (R, 77, D)
-    step.I/noise            (R, C, h, w) what the UNet says
+    step.I/noise            (R, C, h, w) the UNet's noise prediction
     step.I/guided           (N, C, h, w) both halves combined
     step.I/sample           (N, C, h, w) the latents before the step
     step.I/previous         (N, C, h, w) the latents after it
@@ -29,7 +29,8 @@ Results in float64 allow a verdict, others an R64: sameness is told only of a tr
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,10 @@ from torch import Tensor
 import minisd
 from minisd.checkpoint.errors import CheckpointError
 from minisd.checkpoint.textfiles import write_whole
+from minisd.lab.hooks import Listener
+from minisd.lab.parity.calls import first_tensor, tensors_in
 from minisd.lab.parity.cases import Case
 from minisd.lab.parity.promote import float64
-from minisd.lab.parity.shadow import first_tensor, tensors_in
 from minisd.lab.parity.sides import PipelineSide, Side
 
 FORMAT = "minisd.trace"
@@ -59,10 +61,6 @@ class TraceSide(Side):
     tensors: dict[str, Tensor]
     wide: dict[str, Tensor] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def has_float64(self) -> bool:  # type: ignore[override]
-        return bool(self.wide)
 
     def versions(self) -> dict[str, str]:
         return {f"trace {name}": str(version) for name, version in self.about.get("versions", {}).items()}
@@ -95,7 +93,7 @@ def recorded(side: PipelineSide, case: Case, latents: Tensor) -> dict[str, Tenso
     told: dict[str, Tensor] = {"tokens": tokens, "noise": latents}
     told["alphas_cumprod"] = torch.as_tensor(side.scheduler().alphas_cumprod)
     told["timesteps"] = torch.stack([call.timestep.flatten()[0] for call in run.unet])
-    with Recorder(side, "text_encoder", "text", told):
+    with recording(side, "text_encoder", "text", told):
         told["text/context"] = side.embed(tokens)
     for index, (call, step) in enumerate(zip(run.unet, run.steps, strict=True)):
         here = f"step.{index}/"
@@ -103,39 +101,32 @@ def recorded(side: PipelineSide, case: Case, latents: Tensor) -> dict[str, Tenso
         told |= {f"{here}noise": call.noise, f"{here}guided": step.noise}
         told |= {f"{here}sample": step.sample, f"{here}previous": step.previous}
     first = run.unet[0]
-    with Recorder(side, "unet", "step.0", told):
+    with recording(side, "unet", "step.0", told):
         told["step.0/noise"] = side.predict(first.latents, first.timestep, first.context)
     told["decode/z"] = run.z
-    with Recorder(side, "vae", "decode", told):
+    with recording(side, "vae", "decode", told):
         told["decode/images"] = side.decode(run.z)
     told["pixels"] = side.pixels(told["decode/images"].float())
     return {name: tensor.detach().contiguous().clone() for name, tensor in told.items()}
 
 
-class Recorder:
-    """Writes down what goes into and comes out of every module of a component that has a name in the key table."""
+@contextmanager
+def recording(side: PipelineSide, component: str, stage: str, told: dict[str, Tensor]) -> Iterator[None]:
+    """Record the inputs and the output of every module of a component that has a name in the key table."""
+    network = side.networks[component]
 
-    def __init__(self, side: PipelineSide, component: str, stage: str, told: dict[str, Tensor]) -> None:
-        self.network, self.stage, self.told = side.networks[component], stage, told
-        self.hooks: list[Any] = []
+    def notes(name: str) -> Callable[[Any, Any, Any], None]:
+        def hear(args: Any, kwargs: Any, output: Any) -> None:
+            told[name] = first_tensor(output)
+            told.update({f"{name}:{index}": tensor for index, tensor in enumerate(tensors_in((args, kwargs)))})
 
-    def __enter__(self) -> None:
-        for path, canonical in self.network.canonical.items():
-            name = f"{self.stage}/{self.network.component}.{canonical}".rstrip(".")
-            module = self.network.root.get_submodule(path)
-            self.hooks.append(module.register_forward_hook(self.writes(name), with_kwargs=True))
+        return hear
 
-    def writes(self, name: str) -> Any:
-        def hook(_: Any, args: Any, kwargs: Any, output: Any) -> None:
-            self.told[name] = first_tensor(output)
-            for index, tensor in enumerate(tensors_in((args, kwargs))):
-                self.told[f"{name}:{index}"] = tensor
-
-        return hook
-
-    def __exit__(self, *_: Any) -> None:
-        for hook in self.hooks:
-            hook.remove()
+    with Listener() as listener:
+        for path, canonical in network.canonical.items():
+            name = f"{stage}/{component}.{canonical}".rstrip(".")
+            listener.after(network.root.get_submodule(path), notes(name))
+        yield
 
 
 def write(path: str | os.PathLike[str], side: PipelineSide, case: Case, *, exact: bool = False) -> int:
@@ -216,8 +207,3 @@ def inputs_of(side: PipelineSide, case: Case) -> dict[str, Tensor]:
         for name, tensor in told.items()
         if name in wanted or (name.startswith("step.") and name.rpartition("/")[2] in parts)
     }
-
-
-def narrowed(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Floating-point tensors in another dtype."""
-    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}

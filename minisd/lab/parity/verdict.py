@@ -1,4 +1,4 @@
-"""What a comparison finds: the result that the terminal, JSON and every report are made from.
+"""The result of a comparison, from which the terminal's text, JSON and the HTML report are made.
 
 The rule, which has nothing to tune. Each part of the candidate B gets, in float64, the inputs that the reference A's
 twin got. Their difference is compared with A's own rounding:
@@ -15,7 +15,7 @@ This file needs the standard library only.
 """
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from typing import Any
 
 SAME = "same function"
@@ -44,56 +44,56 @@ class Attribute:
     what: str  # "eps", "weight", "computes in", "forward", ...
     a: str
     b: str
-    module: str = ""  # where, if not the pair itself
 
     def __str__(self) -> str:
-        where = f"{self.module}: " if self.module else ""
-        return f"{where}{self.what} {self.a} (A), {self.b} (B)"
+        return f"{self.what} {self.a} (A), {self.b} (B)"
 
 
 @dataclass
-class Rung:
-    """One step of the ladder from the prompt to the pixels, in the order of computation."""
+class Finding:
+    """What was measured at one place of both sides. Numbers that were not measured are None."""
 
-    name: str  # "tokens", "text embedding", "UNet, step 0", "latents, step 0", "VAE decode", "pixels", ...
-    kind: str  # "exact" (whole numbers), "network" or "glue" (what stands between the networks)
+    name: str
+    _: KW_ONLY
     status: str = SAME  # SAME, PRECISION, DIFFERENT, UNKNOWN
-    relative64: float | None = None  # B fed with A's inputs, both in float64
+    relative64: float | None = (
+        None  # |B64 - A64| on A's inputs, relative to A64's largest value; the worst of all calls
+    )
     limit: float | None = None  # what relative64 may be
     absmax: float | None = None  # the largest |B64 - A64|; for exact rungs, how many values differ
-    floor: float | None = None  # A's own rounding up to here, relative, in A's whole run
-    error: float | None = None  # B's distance from A64 up to here, relative, in B's whole run
+    floor: float | None = None  # A's own rounding, relative; of a rung, up to here in A's whole run
+    error: float | None = None  # B's distance from A64, relative; of a rung, up to here in B's whole run
     r64: float | None = None  # error / floor
     culprit: bool = False  # differs although everything that it is made from is the same
     note: str = ""
 
 
 @dataclass
-class ModulePair:
-    """A module of A and its twin in B."""
+class Rung(Finding):
+    """One stage between the prompt and the pixels, in the order of computation.
 
-    name: str  # minisd's, beginning with the component; or A's own path where the key table has none
-    a: str  # path within A's component
-    b: str
-    parent: str  # the name of the nearest pair around it, "" at the root
+    Names: "tokens", "text embedding", "UNet, step 0", "latents, step 0", "VAE decode", "pixels", ...
+    """
+
+    kind: str  # "exact" (integers), "network" or "glue" (what is computed between the networks)
+
+
+@dataclass
+class ModulePair(Finding):
+    """A module of A and its counterpart in B. `name`: minisd's, beginning with the component; else A's own path."""
+
+    a: str  # the path in A
+    b: str  # the path in B
+    parent: str  # the name of the pair around it, or ""
     a_class: str = ""
     b_class: str = ""
     a_source: str = ""  # file:line
     b_source: str = ""
     a_dtype: str = ""  # what it computes in, such as "float32" or "float16, float32"
     b_dtype: str = ""
-    status: str = SAME
-    relative64: float | None = None  # the worst of all calls
-    limit: float | None = None
-    absmax: float | None = None
-    floor: float | None = None
-    error: float | None = None
-    r64: float | None = None
     calls: int = 0
     stage: str = ""  # the rung of the worst call
-    culprit: bool = False
     attributes: list[Attribute] = field(default_factory=list)
-    note: str = ""
 
 
 @dataclass
@@ -120,6 +120,7 @@ class Verdict:
     rungs: list[Rung] = field(default_factory=list)
     pairs: list[ModulePair] = field(default_factory=list)
     matrix: Matrix = field(default_factory=Matrix)
+    compared: str = ""  # how many modules and stages, in words
     not_compared: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # true, but no reason for another verdict
     case: dict[str, Any] = field(default_factory=dict)

@@ -160,3 +160,39 @@ def says_nothing(inputs):
 
 
 NOT_A_FUNCTION = 3
+
+
+# ---- the same ResNet block, with nothing but the whole named ---------------------------------------------
+
+
+def resnet_without_names():
+    return resnet()[0], {"": "unet.down.0.resnet"}
+
+
+def wrong_resnet_without_names():
+    return wrong_resnet()[0], {"": "unet.down.0.resnet"}
+
+
+def scaled_resnet_without_names():
+    """The same function, computed another way: what one weight is multiplied by is divided away behind it."""
+    block = ScaledResnet(small_model().unet.down[0].resnet, eps=1e-5)
+    return block, {"": "unet.down.0.resnet"}
+
+
+class ScaledResnet(OtherResnet):
+    def __init__(self, block: nn.Module, eps: float) -> None:
+        super().__init__(block, eps)
+        self.embed = nn.Linear(block.time.in_features, block.time.out_features)
+        self.embed.weight.data = block.time.weight.data * 2
+        self.embed.bias.data = block.time.bias.data * 2
+
+    def forward(self, h: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        out = self.second(self.first(h) + self.embed(F.silu(emb))[..., None, None] / 2)
+        return out + (h if self.skip is None else self.skip(h))
+
+
+def one_weight_off_without_names():
+    block, names = resnet_without_names()
+    block.first[2].weight.data = block.first[2].weight.data.clone()
+    block.first[2].weight.data[0, 0, 0, 0] += 1e-6
+    return block, names

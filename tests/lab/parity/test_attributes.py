@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from minisd.lab.parity.attributes import rounding_of
-from minisd.lab.parity.sides import matching_rows
+from minisd.lab.parity.trajectory import matching_rows
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))

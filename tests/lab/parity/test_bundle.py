@@ -14,7 +14,7 @@ from minisd.cli.parity import parity
 from minisd.cli.parity import trace as trace_command
 from minisd.lab.parity import bundle
 from minisd.lab.parity.cases import Case
-from minisd.lab.parity.opening import compare
+from minisd.lab.parity.compare import compare
 from tests.lab.parity.small import CASE, small_model
 
 

@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minisd.lab.parity.compare import compare_pipelines
-from minisd.lab.parity.modules import compare_modules
+from minisd.lab.parity.compare import compare_modules, compare_pipelines
+from minisd.lab.parity.conclude import conclude
 from minisd.lab.parity.resemblance import describe
-from minisd.lab.parity.telling import conclude
 from minisd.lab.parity.verdict import DIFFERENT, PRECISION, SAME, UNKNOWN, ModulePair
 from tests.lab.parity.small import CASE, side, small_model
 

@@ -3,20 +3,18 @@
 The reference is diffusers, live, for mistakes in minisd's modules, and minisd for mistakes in diffusers'.
 """
 
-import copy
-
 import pytest
 import torch
 
 pytest.importorskip("diffusers", reason="the reference is not installed: pip install minisd[parity]")
 
-from minisd.lab.parity.bugs import BUGS, planted
+from minisd.lab.parity.bugs import BUGS, OTHERS, copied_side, planted
 from minisd.lab.parity.compare import compare_pipelines
-from minisd.lab.parity.sides import DiffusersSide, diffusers_side
+from minisd.lab.parity.sides import diffusers_side
 from minisd.lab.parity.verdict import DIFFERENT, PRECISION, SAME
 from minisd.pipeline import StableDiffusion
 from tests.lab.parity.small import CASE, side, small_model
-from tests.lab.parity.traps import CLEAN, TRAPS, WORDS, copied
+from tests.lab.parity.traps import CLEAN, IN_DIFFUSERS
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +57,8 @@ def test_the_two_are_the_same_function(sound, theirs):
 
 @pytest.mark.parametrize("name", BUGS)
 def test_a_mistake_in_minisd(sound, theirs, name):
-    mutant, expected = planted(sound, name)
-    verdict = compare_pipelines(theirs, side(mutant), CASE, components=components_of(expected))
+    mutant, expected = planted(side(sound), name)
+    verdict = compare_pipelines(theirs, mutant, CASE, components=components_of(expected))
     assert verdict.word == BUGS[name].word
     if verdict.word == DIFFERENT:
         assert culprits(verdict) == set(expected)
@@ -69,41 +67,36 @@ def test_a_mistake_in_minisd(sound, theirs, name):
         assert verdict.cause.startswith(expected[0]) and verdict.exit_status == 0
 
 
-@pytest.mark.parametrize("name", TRAPS)
+@pytest.mark.parametrize("name", IN_DIFFUSERS)
 def test_a_mistake_in_diffusers(sound, theirs, name):
-    pipeline = copied(theirs.model)
-    expected = TRAPS[name](pipeline)
-    copied_side = DiffusersSide("a copy", pipeline, theirs.config)
-    verdict = compare_pipelines(side(sound), copied_side, CASE, components=components_of(expected))
-    assert verdict.word == WORDS[name]
+    mutant, expected = planted(theirs, name, IN_DIFFUSERS[name])
+    verdict = compare_pipelines(side(sound), mutant, CASE, components=components_of(expected))
+    assert verdict.word == {**BUGS, **OTHERS}[name].word
     if verdict.word == DIFFERENT:
         assert culprits(verdict) == set(expected)
     else:
         assert verdict.cause.startswith(expected[0])
 
 
-def copy_of(sd: StableDiffusion) -> StableDiffusion:
-    twin = copy.copy(sd)
-    for part in ("text_encoder", "unet", "vae"):
-        setattr(twin, part, copy.deepcopy(getattr(sd, part)))
-    return twin
+def test_as_many_as_the_proof_says():
+    assert (len(BUGS), len(IN_DIFFUSERS), len(CLEAN)) == (56, 24, 7)
 
 
 @pytest.mark.parametrize("name", CLEAN)
 def test_a_clean_change(sound, theirs, name):
-    twin = copy_of(sound)
-    CLEAN[name](twin)
-    verdict = compare_pipelines(theirs, side(twin), CASE)
+    twin = copied_side(side(sound), name)
+    CLEAN[name](twin.model)
+    verdict = compare_pipelines(theirs, twin, CASE)
     assert (verdict.word, verdict.culprits) == (SAME, [])
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_rounded_weights_are_another_precision(sound, theirs, dtype):
     """Stored in half precision and computed with in float32: the function is the same, its numbers are rounded."""
-    twin = copy_of(sound)
-    for module in (twin.text_encoder, twin.unet, twin.vae):
+    twin = copied_side(side(sound), "rounded")
+    for module in (twin.model.text_encoder, twin.model.unet, twin.model.vae):
         module.to(dtype).to(torch.float32)
-    verdict = compare_pipelines(theirs, side(twin), CASE)
+    verdict = compare_pipelines(theirs, twin, CASE)
     assert (verdict.word, verdict.culprits) == (PRECISION, [])
     assert "rounded to " + str(dtype).removeprefix("torch.") in verdict.cause
 

@@ -105,9 +105,9 @@ def test_all_columns_are_seen_in_a_narrow_window(page, chromium):
 def test_without_float64_nothing_is_green():
     """A trace in float32: what is within rounding is not proved, what is beyond is worth a look."""
     rungs = [
-        Rung("tokens", "exact", SAME, absmax=0.0),
-        Rung("text embedding", "network", SAME, r64=1.2),
-        Rung("UNet, step 0", "network", UNKNOWN, r64=900.0),
+        Rung("tokens", "exact", status=SAME, absmax=0.0),
+        Rung("text embedding", "network", status=SAME, r64=1.2),
+        Rung("UNet, step 0", "network", status=UNKNOWN, r64=900.0),
     ]
     pairs = [ModulePair("unet.conv_in", "conv_in", "conv_in", "", status=UNKNOWN, r64=900.0, culprit=True)]
     text = report(Verdict(UNKNOWN, "cannot tell: ...", "trace:a", "minisd:b", rungs=rungs, pairs=pairs), Evidence())

@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from minisd import SD15
-from minisd.lab.parity.modules import compare_modules
+from minisd.lab.names import module_names
+from minisd.lab.parity.calls import Call, match
+from minisd.lab.parity.compare import compare_modules
+from minisd.lab.parity.judge import Observation, measure
 from minisd.lab.parity.pairing import Network, pair_networks
 from minisd.lab.parity.promote import as_written, float64
 from minisd.lab.parity.resemblance import describe
-from minisd.lab.parity.shadow import Call, match, measure
 from minisd.lab.parity.verdict import DIFFERENT, PRECISION, SAME, Verdict, limit
-from minisd.module_names import module_names
 from tests.lab.parity.small import small_model
 
 # ---- float64, whatever the code says ---------------------------------------------------------------------
@@ -145,14 +146,18 @@ def test_the_limit_is_halfway_between_two_precisions():
     assert limit(math.inf, eps32) == limit(math.nan, eps32) == limit(1.0, eps32) < 1e-7  # a broken reference
 
 
+def measured(a64, b64, b):
+    return measure(Observation("x", a64, a64.float(), b64, b))
+
+
 def test_measures():
     x = torch.tensor([1.0, 3.0, -4.0], dtype=torch.float64)
-    found = measure(x, x, x.float(), x.float() + 4 * 2.0**-22)
+    found = measured(x, x, x.float() + 4 * 2.0**-22)
     assert not found.deviates and found.r64 == pytest.approx(4)
-    assert measure(x, x + 1e-9, x.float(), x.float()).deviates
-    assert measure(x, x.clone().fill_(math.nan), x.float(), x.float()).deviates
+    assert measured(x, x + 1e-9, x.float()).deviates
+    assert measured(x, x.clone().fill_(math.nan), x.float()).deviates
     nothing = torch.full((3,), math.nan, dtype=torch.float64)
-    assert not measure(nothing, nothing, nothing.float(), nothing.float()).deviates  # both are NaN alike
+    assert not measured(nothing, nothing, nothing.float()).deviates  # both are NaN alike
 
 
 def test_json_has_no_infinity():

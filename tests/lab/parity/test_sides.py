@@ -12,7 +12,8 @@ from minisd import CheckpointError
 from minisd.cli import cli
 from minisd.lab.parity import traces
 from minisd.lab.parity.bugs import planted
-from minisd.lab.parity.opening import compare, open_side
+from minisd.lab.parity.compare import compare
+from minisd.lab.parity.opening import open_side
 from minisd.lab.parity.verdict import DIFFERENT, PRECISION, SAME, UNKNOWN
 from minisd.pipeline import StableDiffusion
 from tests.lab.parity.small import CASE, side, small_model
@@ -59,24 +60,24 @@ BUGS = ("eps-transformer", "residual-scale", "gelu-tanh", "vae-padding", "one-we
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_mistake_in_a_trace(sound, model, tmp_path, bug):
     """With the modules' inputs in it, a trace in float64 names the culprit as exactly as a live side does."""
-    mutant, expected = planted(sound, bug)
-    verdict = compare(traced(mutant, tmp_path / "t.safetensors", exact=True), model)
+    mutant, expected = planted(side(sound), bug)
+    verdict = compare(traced(mutant.model, tmp_path / "t.safetensors", exact=True), model)
     reached = bug != "vae-padding"  # a run from text does not use the encoder
     assert verdict.word == (DIFFERENT if reached else SAME)
     assert verdict.culprits == (expected if reached else [])
 
 
 def test_a_mistake_in_a_float32_trace_is_worth_a_look(sound, model, tmp_path):
-    mutant, expected = planted(sound, "residual-scale")
-    verdict = compare(traced(mutant, tmp_path / "t.safetensors"), model)
+    mutant, expected = planted(side(sound), "residual-scale")
+    verdict = compare(traced(mutant.model, tmp_path / "t.safetensors"), model)
     assert (verdict.word, verdict.culprits) == (UNKNOWN, expected)
     assert verdict.sentence.startswith("cannot tell") and f"look at {expected[0]}" in verdict.sentence
 
 
 def test_a_trace_without_inputs_names_the_first_that_is_off(sound, model, tmp_path):
     """Outputs only, under diffusers' names: later modules are off too, but the first is where to look."""
-    mutant, _ = planted(sound, "residual-scale")
-    traced(mutant, tmp_path / "t.safetensors", exact=True)
+    mutant, _ = planted(side(sound), "residual-scale")
+    traced(mutant.model, tmp_path / "t.safetensors", exact=True)
     tensors, metadata = with_metadata(tmp_path / "t.safetensors")
     kept = {name: tensor for name, tensor in tensors.items() if "/unet" not in name or "resnet" in name}
     kept = {name: tensor for name, tensor in kept.items() if ":" not in name and not name.endswith(("conv1", "conv2"))}
@@ -88,8 +89,8 @@ def test_a_trace_without_inputs_names_the_first_that_is_off(sound, model, tmp_pa
 
 
 def test_wrong_tokens_are_wrong_in_any_precision(sound, model, tmp_path):
-    mutant, _ = planted(sound, "padding-token")
-    verdict = compare(traced(mutant, tmp_path / "t.safetensors"), model)
+    mutant, _ = planted(side(sound), "padding-token")
+    verdict = compare(traced(mutant.model, tmp_path / "t.safetensors"), model)
     assert (verdict.word, verdict.culprits) == (DIFFERENT, ["tokens"])
 
 
@@ -224,6 +225,36 @@ def test_an_epsilon_in_a_resnet_of_ones_own(model):
     verdict = compare(model, f"{HERE}:wrong_resnet", CASE)
     assert verdict.culprits == ["unet.down.0.resnet.norm1"]
     assert "eps 1e-05 (A), 1e-06 (B)" in verdict.cause
+
+
+def test_modules_without_names_are_paired_by_their_weights(model):
+    verdict = compare(model, f"{HERE}:resnet_without_names", CASE)
+    assert verdict.word == SAME and {pair.name.rpartition(".")[2] for pair in verdict.pairs} == {
+        "resnet", "norm1", "conv1", "time", "norm2", "conv2",
+    }  # fmt: skip
+    assert verdict.compared.startswith("6 modules in ") and verdict.compared.endswith(
+        "inside it paired by their weights"
+    )
+    wrong = compare(model, f"{HERE}:wrong_resnet_without_names", CASE)
+    assert wrong.culprits == ["unet.down.0.resnet.norm1"] and "eps 1e-05 (A), 1e-06 (B)" in wrong.cause
+
+
+def test_a_weight_that_is_off_is_found_without_names(model):
+    verdict = compare(model, f"{HERE}:one_weight_off_without_names", CASE)
+    assert verdict.culprits == ["unet.down.0.resnet.conv1"] and "differ, by" in verdict.cause
+
+
+def test_what_weights_alone_pair_is_no_culprit_of_a_function_that_is_the_same(model):
+    verdict = compare(model, f"{HERE}:scaled_resnet_without_names", CASE)
+    assert (verdict.word, verdict.culprits) == (SAME, [])
+
+
+def test_what_was_compared_is_told_where_there_is_no_ladder(model, tmp_path):
+    result = minisd("parity", model, f"{HERE}:resnet_without_names", *SMALL, "--html", str(tmp_path / "r.html"))
+    assert "\ncompared: 6 modules in " in result.stdout and "R64" not in result.stdout.split("compared:")[1]
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "Compared: 6 modules in " in page and "The ladder" not in page
+    assert '{"": "unet.down.0.resnet", "first_norm": "unet.down.0.resnet.norm1"}' in minisd("parity", "--help").stdout
 
 
 def test_numpy(model):

@@ -1,10 +1,9 @@
-"""Mistakes planted in copies of diffusers' modules, and clean changes that no comparison may accuse.
+"""How mistakes of the lab's table are made in diffusers' code, and clean changes that no comparison may accuse.
 
-`minisd/lab/parity/bugs.py` has the mistakes for copies of minisd's. A trap changes a copy in place and returns the
-names that a comparison has to come up with; a clean change returns nothing.
+The table (`minisd/lab/parity/bugs.py`) has their names, and makes most of them in any code. A clean change alters a
+minisd model in place.
 """
 
-import copy
 from types import MethodType, SimpleNamespace
 from typing import Any
 
@@ -13,86 +12,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from minisd.lab.parity.verdict import DIFFERENT, PRECISION
 
-TRAPS: dict[str, Any] = {}
-WORDS: dict[str, str] = {}
-CLEAN: dict[str, Any] = {}
-
-
-def trap(name, word=DIFFERENT):
-    def enter(plant):
-        TRAPS[name], WORDS[name] = plant, word
-        return plant
-
-    return enter
-
-
-def clean(name):
-    def enter(change):
-        CLEAN[name] = change
-        return change
-
-    return enter
-
-
-def copied(pipeline):
-    """A pipeline with networks and a scheduler of its own."""
-    twin = copy.copy(pipeline)
-    for part in ("text_encoder", "unet", "vae", "scheduler"):
-        twin.__dict__[part] = copy.deepcopy(getattr(pipeline, part))
-    return twin
-
-
-def transformer(pipeline):
-    return pipeline.unet.down_blocks[0].attentions[0]
-
-
-def layer(pipeline):
-    return transformer(pipeline).transformer_blocks[0]
-
-
-@trap("eps of a UNet ResNet")
-def _(p):
-    p.unet.down_blocks[0].resnets[0].norm1.eps = 1e-6
-    return ["unet.down.0.resnet.norm1"]
-
-
-@trap("eps of a transformer's GroupNorm")
-def _(p):
-    transformer(p).norm.eps = 1e-5
-    return ["unet.down.0.attention.norm"]
-
-
-@trap("eps of a LayerNorm")
-def _(p):
-    layer(p).norm3.eps = 1e-6
-    return ["unet.down.0.attention.feed_forward_norm"]
-
-
-@trap("eps of the VAE's encoder")
-def _(p):
-    p.vae.encoder.mid_block.resnets[0].norm1.eps = 1e-5
-    return ["vae.encoder.middle.0.norm1"]
-
-
-@trap("eps of the VAE's attention")
-def _(p):
-    p.vae.decoder.mid_block.attentions[0].group_norm.eps = 1e-5
-    return ["vae.decoder.middle.1.norm"]
-
-
-@trap("eps of CLIP's final norm")
-def _(p):
-    p.text_encoder.final_layer_norm.eps = 1e-6
-    return ["text_encoder.final_norm"]
-
-
-@trap("attention scale")
-def _(p):
-    layer(p).attn2.scale *= 1.01
-    layer(p).attn2.set_processor(ScaledProcessor())
-    return ["unet.down.0.attention.cross_attn"]
+def transformer_layer(side):
+    return side.model.unet.down_blocks[0].attentions[0].transformer_blocks[0]
 
 
 class ScaledProcessor:
@@ -108,133 +30,123 @@ class ScaledProcessor:
         return attn.to_out[0](rearrange(x, "b h n d -> b n (h d)"))
 
 
-@trap("heads halved")
-def _(p):
-    layer(p).attn1.heads //= 2
-    return ["unet.down.0.attention.self_attn"]
+def attention_scale(side):
+    attention = transformer_layer(side).attn2
+    attention.scale *= 1.01
+    attention.set_processor(ScaledProcessor())
+    return ["unet.down.0.attention.cross_attn"]
 
 
-@trap("residual scale 1.0001")
-def _(p):
-    p.unet.up_blocks[0].resnets[0].output_scale_factor = 1 / 1.0001
+def residual_scale(side):
+    side.model.unet.up_blocks[0].resnets[0].output_scale_factor = 1 / 1.0001
     return ["unet.up.0.resnet"]
 
 
-@trap("sines before cosines")
-def _(p):
-    p.unet.time_proj.flip_sin_to_cos = False
+def sines_first(side):
+    side.model.unet.time_proj.flip_sin_to_cos = False
     return ["unet"]
 
 
-@trap("frequency shift 1")
-def _(p):
-    p.unet.time_proj.downscale_freq_shift = 1
+def frequency_shift(side):
+    side.model.unet.time_proj.downscale_freq_shift = 1
     return ["unet"]
 
 
-@trap("tanh GELU")
-def _(p):
-    layer(p).ff.net[0].gelu = lambda gate: F.gelu(gate, approximate="tanh")
+def time_in_float16(side):
+    embedding = side.model.unet.time_proj
+    embedding.forward = MethodType(lambda self, t: type(self).forward(self, t).half().float(), embedding)
+    return ["unet"]
+
+
+def tanh_gelu(side):
+    transformer_layer(side).ff.net[0].gelu = lambda gate: F.gelu(gate, approximate="tanh")
     return ["unet.down.0.attention.feed_forward"]
 
 
-@trap("exact GELU in CLIP")
-def _(p):
-    p.text_encoder.encoder.layers[1].mlp.activation_fn = nn.GELU()
+def exact_gelu_in_clip(side):
+    side.model.text_encoder.encoder.layers[1].mlp.activation_fn = nn.GELU()
     return ["text_encoder.layers.1.feed_forward"]
 
 
-@trap("VAE padded on all sides")
-def _(p):
-    down = p.vae.encoder.down_blocks[0].downsamplers[0]
+def padded_on_all_sides(side):
+    down = side.model.vae.encoder.down_blocks[0].downsamplers[0]
     down.padding, down.conv.padding = 1, (1, 1)
     down.conv._reversed_padding_repeated_twice = [1, 1, 1, 1]
     return ["vae.encoder.down.1.conv"]
 
 
-@trap("skips in the wrong order")
-def _(p):
-    block = p.unet.up_blocks[1]
-    right = type(block).forward
+def skips_of_the_other_half(side):
+    block = side.model.unet.up_blocks[1]
 
     def forward(self, hidden_states, res_hidden_states_tuple, *rest, **more):
-        return right(self, hidden_states, tuple(skip.flip(0) for skip in res_hidden_states_tuple), *rest, **more)
+        skips = tuple(skip.flip(0) for skip in res_hidden_states_tuple)
+        return type(self).forward(self, hidden_states, skips, *rest, **more)
 
     block.forward = MethodType(forward, block)
     return ["unet"]
 
 
-@trap("no causal mask")
-def _(p):
-    attention = p.text_encoder.encoder.layers[0].self_attn
-    right = type(attention).forward
+def no_causal_mask(side):
+    attention = side.model.text_encoder.encoder.layers[0].self_attn
 
     def forward(self, hidden_states, attention_mask=None, **more):
         mask = torch.zeros(1, 1, hidden_states.shape[1], hidden_states.shape[1], dtype=hidden_states.dtype)
-        return right(self, hidden_states, attention_mask=mask, **{**more, "is_causal": False})
+        return type(self).forward(self, hidden_states, attention_mask=mask, **{**more, "is_causal": False})
 
     attention.forward = MethodType(forward, attention)
     return ["text_encoder.layers.0.self_attn"]
 
 
-@trap("logvar not clamped")
-def _(p):
+def logvar_not_clamped(side):
     def encode(self, images, return_dict=True):
         found = type(self).encode(self, images)
         logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)[1]
         said = SimpleNamespace(mean=found.latent_dist.mean, logvar=logvar, std=torch.exp(0.5 * logvar))
         return SimpleNamespace(latent_dist=said)
 
-    p.vae.encode = MethodType(encode, p.vae)
+    side.model.vae.encode = MethodType(encode, side.model.vae)
     return ["VAE moments"]
 
 
-@trap("one weight off by a millionth")
-def _(p):
-    with torch.no_grad():
-        p.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_v.weight[0, 0] += 1e-6
-    return ["unet.middle.0.attention.cross_attn.v"]
-
-
-@trap("weights of equal shape swapped")
-def _(p):
-    attention = layer(p).attn1
-    attention.to_q, attention.to_k = attention.to_k, attention.to_q
-    return ["unet.down.0.attention.self_attn.q", "unet.down.0.attention.self_attn.k"]
-
-
-@trap("another latent scaling")
-def _(p):
-    p.vae.register_to_config(scaling_factor=0.18216)
-    return ["VAE input"]
-
-
-@trap("final alpha 1")
-def _(p):
-    p.scheduler = type(p.scheduler).from_config(p.scheduler.config, set_alpha_to_one=True)
-    return ["final alpha"]
-
-
-@trap("a final alpha that was set by hand")
-def _(p):
-    p.scheduler.final_alpha_cumprod = torch.tensor(1.0)
-    return ["final alpha"]
-
-
-@trap("no offset")
-def _(p):
-    p.scheduler = type(p.scheduler).from_config(p.scheduler.config, steps_offset=0)
-    return ["timesteps"]
-
-
-@trap("time embedding in float16", word=PRECISION)
-def _(p):
-    waves = p.unet.time_proj
-    waves.forward = MethodType(lambda self, t: type(self).forward(self, t).half().float(), waves)
-    return ["unet"]
-
+# Names in the table -> how to make them in diffusers' code; None: as the table does.
+IN_DIFFUSERS: dict[str, Any] = {
+    "eps-resnet": None,
+    "eps-transformer": None,
+    "eps-layernorm": None,
+    "eps-vae-encoder": None,
+    "eps-vae-attention": None,
+    "eps-clip": None,
+    "attention-scale": attention_scale,
+    "attention-heads": None,
+    "residual-scale": residual_scale,
+    "sin-cos": sines_first,
+    "frequency-shift": frequency_shift,
+    "gelu-tanh": tanh_gelu,
+    "clip-gelu": exact_gelu_in_clip,
+    "vae-padding": padded_on_all_sides,
+    "skip-order": skips_of_the_other_half,
+    "no-causal-mask": no_causal_mask,
+    "logvar": logvar_not_clamped,
+    "one-weight": None,
+    "q-k-swapped": None,
+    "scaling-factor": None,
+    "final-alpha": None,
+    "final-alpha-by-hand": None,
+    "steps-offset": None,
+    "time-dtype": time_in_float16,
+}
 
 # ---- clean changes: of a minisd model, in place --------------------------------------------------------------
+
+CLEAN: dict[str, Any] = {}
+
+
+def clean(name):
+    def enter(change):
+        CLEAN[name] = change
+        return change
+
+    return enter
 
 
 @clean("channels last")

@@ -2,11 +2,9 @@
 
 A container has the same name in two dialects where it holds the same weights: minisd's `unet.down.0.attention` holds
 what diffusers' `down_blocks.0.attentions.0` holds. Of several around the same weights the innermost match, then the
-next. Here too: in which line of which file a module's code stands. This file needs the standard library only.
+next. This file needs the standard library only.
 """
 
-import inspect
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -85,28 +83,3 @@ def module_names(component: str, config: Any) -> tuple[ModuleNames, ...]:
         )
         for path in own
     )
-
-
-@lru_cache
-def located(function: Any) -> tuple[str, int] | None:
-    """The file and line of a function; None where it has none."""
-    try:
-        return inspect.getsourcefile(function) or "?", inspect.getsourcelines(function)[1]
-    except (TypeError, OSError):
-        return None
-
-
-def source_of(thing: Any) -> str:
-    """file:line of a function, or of a module's `forward`; the file from its package on. "" where there is no file."""
-    forward = getattr(thing, "forward", thing)
-    found = located(inspect.unwrap(getattr(forward, "__func__", forward)))
-    return f"{'/'.join(from_package(found[0].split(os.sep)))}:{found[1]}" if found else ""
-
-
-def from_package(parts: list[str]) -> list[str]:
-    """The end of a path that means something to somebody else."""
-    if "site-packages" in parts:
-        return parts[parts.index("site-packages") + 1 :]
-    if "minisd" in parts:
-        return parts[len(parts) - 1 - parts[::-1].index("minisd") :]
-    return parts[-3:]
