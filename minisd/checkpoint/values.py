@@ -13,9 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from minisd.checkpoint.errors import CheckpointError
-from minisd.checkpoint.files import Files
+from minisd.checkpoint.header import Files
 from minisd.checkpoint.naming import Match
+from minisd.files import CheckpointError
 
 DTYPES = {
     "F64": torch.float64,

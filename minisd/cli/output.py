@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import minisd
 from minisd.adapters import path_and_scale
-from minisd.checkpoint.textfiles import write_whole
+from minisd.files import write_whole
 from minisd.pipeline import StableDiffusion, Step, to_pictures
 from minisd.tasks.images import fitting_size
 

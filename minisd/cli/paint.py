@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from minisd.checkpoint.reading import open_checkpoint
-from minisd.checkpoint.textfiles import write_whole
+from minisd.checkpoint.load import open_checkpoint
 from minisd.cli.output import Job, png_path, prepare, report
+from minisd.files import write_whole
 from minisd.pipeline import to_pictures
 from minisd.settings import Texts, check_start
 from minisd.tasks.guidance import LossGuidance, colour_loss, compose, parse_weights, weighted_context

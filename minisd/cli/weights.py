@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from minisd.checkpoint.textfiles import write_whole
+from minisd.files import write_whole
 
 if TYPE_CHECKING:
     from minisd.lab.weights.convert import Job
@@ -86,10 +86,11 @@ def convert(source: str, target: str, dtype: str | None, from_pickle: bool, quie
     """Write the model SOURCE as TARGET in another layout or dtype: a folder, or a file if it ends in .safetensors."""
     import torch
 
-    from minisd.lab.weights.convert import opened, plan
+    from minisd.lab.weights.convert import Conversion, opened, plan
 
     with opened(source, target, from_pickle) as readable:
-        carry_out(plan(readable, target, dtype=getattr(torch, dtype) if dtype else None, **settings), quiet)
+        number = getattr(torch, dtype) if dtype else None
+        carry_out(plan(Conversion(source=readable, target=target, dtype=number, **settings)), quiet)
 
 
 def carry_out(job: "Job", quiet: bool) -> None:
@@ -133,21 +134,21 @@ def merge(
     import torch
 
     from minisd.adapters import path_and_scale
-    from minisd.lab.weights.merge import prepare
+    from minisd.lab.weights.merge import Merge, prepare
 
     if len(sources) > 2:
         raise ValueError(f"merge takes two models and a target, not {len(sources)} models: merge two, then the next")
-    job = prepare(
-        sources[0],
-        sources[1] if len(sources) > 1 else None,
-        target,
+    wanted = Merge(
+        a=sources[0],
+        b=sources[1] if len(sources) > 1 else None,
+        target=target,
         blocks=numbers(blocks) if blocks is not None else None,
         take=components_and_paths(take),
         loras=[path_and_scale(text) for text in loras],
         dtype=getattr(torch, dtype) if dtype else None,
         **settings,
     )
-    carry_out(job, quiet)
+    carry_out(prepare(wanted), quiet)
 
 
 def numbers(text: str) -> list[float]:

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from minisd import StableDiffusion
-from minisd.checkpoint.reading import open_alone
+from minisd.checkpoint.load import open_alone
 from minisd.cli.weights import convert as convert_command
 from minisd.lab.weights.convert import convert
 from minisd.lab.weights.inspect import inspect
@@ -169,7 +169,7 @@ def test_the_command(single, tmp_path):
 
 MEASURE = """
 import resource, sys
-from minisd.checkpoint.reading import open_alone
+from minisd.checkpoint.load import open_alone
 from minisd.lab.weights.convert import convert
 from minisd.lab.weights.inspect import inspect
 from minisd.lab.weights.zoo import write_zoo

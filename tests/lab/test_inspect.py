@@ -11,11 +11,11 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
-from minisd.checkpoint.errors import CheckpointError
 from minisd.checkpoint.keymap import COMPONENTS, COMPVIS_PREFIX, ema_name, model_keys
 from minisd.cli.weights import inspect as inspect_command
 from minisd.cli.weights import keys as keys_command
 from minisd.config import SD15
+from minisd.files import CheckpointError
 from minisd.lab.weights.inspect import inspect
 from minisd.lab.weights.report import lines
 from minisd.lab.weights.scan import scan

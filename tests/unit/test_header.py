@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from minisd.checkpoint.errors import CheckpointError
 from minisd.checkpoint.header import read_header
+from minisd.files import CheckpointError
 from minisd.lab.weights.zoo import BROKEN, raw
 
 

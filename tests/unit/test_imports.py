@@ -71,7 +71,7 @@ def reachable(module: str, *, nested: bool) -> set[str]:
 def test_the_parser_sees_what_is_there():
     """Lest the rules below hold for want of sight."""
     assert {"minisd.layers", "minisd.config", "torch"} <= imports("minisd.unet")
-    assert {"minisd.checkpoint.errors", "minisd.config"} <= reachable("minisd.checkpoint.keymap", nested=False)
+    assert {"minisd.files", "minisd.config"} <= reachable("minisd.checkpoint.keymap", nested=False)
     assert "huggingface_hub" in imports("minisd.checkpoint.hub")
     assert "huggingface_hub" not in imports("minisd.checkpoint.hub", nested=False)
     assert "torch" in reachable("minisd.pipeline", nested=False)
@@ -86,8 +86,8 @@ def test_models_know_layers_and_config_only(module):
 
 @pytest.mark.parametrize("module", [name for name in SOURCES if name.startswith("minisd.schedulers")])
 def test_schedulers_know_no_network(module):
-    files = {"minisd.checkpoint", "minisd.checkpoint.errors", "minisd.checkpoint.textfiles"}
-    allowed = {name for name in SOURCES if name.startswith("minisd.schedulers")} | {"minisd", "minisd.noise"} | files
+    ground = {"minisd", "minisd.files", "minisd.config", "minisd.noise"}
+    allowed = {name for name in SOURCES if name.startswith("minisd.schedulers")} | ground
     assert inside(reachable(module, nested=True)) <= allowed
 
 
@@ -103,7 +103,7 @@ def says_of_itself(module: str, words: str) -> bool:
     return words in " ".join(text.split())
 
 
-LIGHT = {"minisd", "minisd.config", "minisd.checkpoint.keymap", "minisd.checkpoint.errors"}
+LIGHT = {"minisd", "minisd.config", "minisd.checkpoint.keymap", "minisd.files"}
 LIGHT |= {module for module in SOURCES if says_of_itself(module, "needs the standard library only")}
 
 

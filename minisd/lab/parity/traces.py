@@ -40,8 +40,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 import minisd
-from minisd.checkpoint.errors import CheckpointError
-from minisd.checkpoint.textfiles import write_whole
+from minisd.files import CheckpointError, write_whole
 from minisd.lab.parity.cases import Case
 from minisd.lab.parity.promote import float64
 from minisd.lab.parity.shadow import first_tensor, tensors_in

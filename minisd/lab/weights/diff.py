@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from minisd.checkpoint.errors import CheckpointError
 from minisd.checkpoint.keymap import COMPONENTS
 from minisd.checkpoint.naming import TITLES
 from minisd.checkpoint.values import Values
+from minisd.files import CheckpointError
 from minisd.lab.weights.inspect import Part, Report, inspect
 
 MOVERS = 10  # weights that are listed because they changed most
@@ -141,7 +141,8 @@ def other_settings(left: Part, right: Part) -> Iterable[str]:
 def other_hints(one: Report, other: Report) -> Iterable[tuple[str, str]]:
     """What only one of two files says of how it wants to be sampled."""
     for side, mine, theirs in (("A", one.hints, other.hints), ("B", other.hints, one.hints)):
-        yield from ((side, hint) for hint in mine if hint not in theirs)
+        said = {hint.partition(" (")[0] for hint in theirs}  # wherever it says so
+        yield from ((side, hint) for hint in mine if hint.partition(" (")[0] not in said)
 
 
 def common(one: Report, other: Report) -> dict[str, tuple[Part, Part]]:

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from minisd.adapters.targets import Target, layers
 from minisd.adapters.writing import checked_path, write_lora
-from minisd.checkpoint.errors import CheckpointError
-from minisd.checkpoint.finding import Found, find
 from minisd.checkpoint.naming import TITLES
+from minisd.checkpoint.survey import Part, find
 from minisd.checkpoint.values import Values
+from minisd.files import CheckpointError
 from minisd.lab.weights.scan import sha256
 
 Source = str | os.PathLike[str]
@@ -93,7 +93,7 @@ def extract(
     return done
 
 
-def common(a: Source, b: Source) -> dict[str, tuple[Found, Found]]:
+def common(a: Source, b: Source) -> dict[str, tuple[Part, Part]]:
     """The UNet and the text encoder of both, as far as both have them; they must be complete and of one shape."""
     one, other = find(a), find(b)
     pairs = {name: (one[name], other[name]) for name in TARGETS if name in one and name in other}
@@ -119,7 +119,7 @@ def learnt_words(name: str, a: tuple[int, ...], b: tuple[int, ...]) -> str:
 
 
 def changed_layers(
-    component: str, one: Found, other: Found, rank: int, kept: Kept, advance: Callable[[int], object]
+    component: str, one: Part, other: Part, rank: int, kept: Kept, advance: Callable[[int], object]
 ) -> Iterator[tuple[Target, Tensor, Tensor]]:
     """Each layer that differs, with its factors; what they hold is added up in `kept`."""
     a, b = Values(one.files, one.match), Values(other.files, other.match)
@@ -142,7 +142,7 @@ def changed_layers(
         yield layer, down, up
 
 
-def too_large(name: str, *sides: tuple[Values, Found]) -> str:
+def too_large(name: str, *sides: tuple[Values, Part]) -> str:
     """Which file makes this difference endless, or NaN."""
     for values, found in sides:
         if not values[name].isfinite().all():
@@ -168,7 +168,7 @@ def factored(difference: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     return down.reshape(rank, *difference.shape[1:]), up.reshape(len(up), rank, *ones), energy
 
 
-def told(done: Extract, a: Source, b: Source, pairs: Mapping[str, tuple[Found, Found]]) -> dict[str, str]:
+def told(done: Extract, a: Source, b: Source, pairs: Mapping[str, tuple[Part, Part]]) -> dict[str, str]:
     """The metadata."""
     sources = {
         side: {"name": Path(path).name, "sha256": sums(pair[index] for pair in pairs.values())}
@@ -183,7 +183,7 @@ def told(done: Extract, a: Source, b: Source, pairs: Mapping[str, tuple[Found, F
     }
 
 
-def sums(several: Iterable[Found]) -> dict[str, str]:
+def sums(several: Iterable[Part]) -> dict[str, str]:
     """The sha256 of every file that components are in."""
     paths = dict.fromkeys(path for found in several for path in found.files.location.values())
     return {f"{path.parent.name}/{path.name}": sha256(path) for path in paths}

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minisd.checkpoint.errors import CheckpointError
 from minisd.checkpoint.header import read_header
+from minisd.files import CheckpointError
 from minisd.lab.weights.streaming import NAMES, Entry, Made, write_file
 
 PARAMETERS = "torch.nn.modules.container.ParameterDict"
