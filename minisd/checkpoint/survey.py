@@ -291,12 +291,13 @@ def configuration(
     From config.json, else from the metadata, else from the shapes, else SD 1.5's: in comparison with that it shows what
     is wrong.
     """
-    flaw = None
+    flaw = f"{path}: is missing" if path is not None and not path.exists() else None
     where = str(path) if path is not None else f"{files.path} ({OURS})"
+    file = read_json_object(path) if path is not None and not flaw else None
     try:
-        stated = stated_configuration(component, files, path)
+        stated = stored_json(files, "minisd.config", component) if file is None else known_fields(component, file)
         if stated is not None:
-            return configs.READERS[component](stated, where, notes), None
+            return configs.READERS[component](stated, where, notes), flaw
     except CheckpointError as error:
         flaw = str(error)
     except (TypeError, AttributeError):
@@ -310,26 +311,23 @@ def configuration(
         return getattr(SD15, component), flaw or inferred
 
 
-def stated_configuration(component: str, files: Files, path: Path | None) -> Any:
-    """The configuration that stands in config.json or in the metadata; None where none is stated."""
-    if path is None:
-        return (stored_json(files, "minisd.config") or {}).get(component)
-    config = read_json_object(path)
-    if component == "text_encoder" and isinstance(config.get("text_config"), dict):  # all of CLIP, images too
+def known_fields(component: str, config: dict[str, Any]) -> dict[str, Any]:
+    """A component's configuration, out of that of all of CLIP where it is in there."""
+    if component == "text_encoder" and isinstance(config.get("text_config"), dict):
         known = configs.TEXT_ENCODER.used | configs.TEXT_ENCODER.neutral
         return {name: value for name, value in config["text_config"].items() if name in known}
     return config
 
 
-def stored_json(files: Files, name: str) -> dict[str, Any] | None:
-    """A JSON object in a file's metadata, or None. Raises CheckpointError for a broken one."""
+def stored_json(files: Files, name: str, key: str | None = None) -> Any:
+    """A JSON object in a file's metadata, or what it has under `key`; or None. Raises CheckpointError if broken."""
     try:
         stored = json.loads(files.metadata.get(name, "null"))
     except (ValueError, RecursionError):
         stored = False
     if stored is not None and not isinstance(stored, dict):
         raise CheckpointError(f"{files.path}: its metadata holds a broken {name}")
-    return stored
+    return stored if key is None else (stored or {}).get(key)
 
 
 # ---- schedule, generation, fit -----------------------------------------------------------------------------------
@@ -346,7 +344,7 @@ def told_of_schedule(path: Path, sets: dict[str, Files], prediction: str | None,
             told.settings.update({"clip_sample": False, "steps_offset": 1} if own is not None else {})
             return told
         files = sets[""]
-        own = (stored_json(files, "minisd.config") or {}).get("scheduler")
+        own = stored_json(files, "minisd.config", "scheduler")
         if own is not None and not isinstance(own, dict):
             raise CheckpointError(f"{files.path}: its metadata holds a broken minisd.config")
         beside = None if path.is_dir() else path

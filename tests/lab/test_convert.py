@@ -16,7 +16,7 @@ from minisd.checkpoint.load import open_alone
 from minisd.cli.weights import convert as convert_command
 from minisd.lab.weights.convert import convert
 from minisd.lab.weights.inspect import inspect
-from minisd.lab.weights.zoo import write_zoo
+from minisd.lab.zoo import write_zoo
 from tests.unit.tiny import compvis_tensors, equal, tiny_model
 
 BESIDE = {
@@ -172,7 +172,7 @@ import resource, sys
 from minisd.checkpoint.load import open_alone
 from minisd.lab.weights.convert import convert
 from minisd.lab.weights.inspect import inspect
-from minisd.lab.weights.zoo import write_zoo
+from minisd.lab.zoo import write_zoo
 import torch
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 convert(sys.argv[1], sys.argv[2], dtype=getattr(torch, sys.argv[3], None))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import minisd.checkpoint
 from minisd import CheckpointError, StableDiffusion
 from minisd.lab.weights.inspect import inspect
-from minisd.lab.weights.zoo import smallest_model
+from minisd.lab.zoo import smallest_model
 
 NUMBERS = st.integers(-2, 12) | st.integers() | st.floats() | st.sampled_from([10**13, 2**63, 10**400, 0.5])
 JSON = st.recursive(

@@ -11,7 +11,7 @@ import minisd.checkpoint
 from minisd import CheckpointError, StableDiffusion
 from minisd.cli.weights import inspect as inspect_command
 from minisd.lab.weights.inspect import inspect
-from minisd.lab.weights.zoo import write_zoo
+from minisd.lab.zoo import write_zoo
 
 
 @pytest.fixture(scope="session")

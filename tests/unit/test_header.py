@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from minisd.checkpoint.header import read_header
 from minisd.files import CheckpointError
-from minisd.lab.weights.zoo import BROKEN, raw
+from minisd.lab.zoo import BROKEN, raw
 
 
 @pytest.mark.parametrize("case", BROKEN)

@@ -94,7 +94,7 @@ def test_schedulers_know_no_network(module):
 @pytest.mark.parametrize("module", [name for name in SOURCES if name.startswith("minisd.adapters")])
 def test_adapters_know_files_and_words_but_no_network(module):
     """They change modules that they are handed."""
-    found = inside(imports(module)) - {"minisd.config", "minisd.tokenizer"}
+    found = inside(imports(module)) - {"minisd.config", "minisd.files", "minisd.tokenizer"}
     assert all(name.startswith(("minisd.adapters", "minisd.checkpoint")) for name in found)
 
 
@@ -136,7 +136,7 @@ def test_imports_point_one_way(module):
     if module.startswith("minisd.checkpoint"):
         assert not found & {*MODELS, "minisd.layers"}
     if module in ("minisd.layers", "minisd.config", "minisd.noise"):
-        assert inside(found) <= {"minisd.config"}
+        assert inside(found) <= {"minisd.config", "minisd.files"}
 
 
 def test_the_command_waits_for_torch_until_it_needs_it():
