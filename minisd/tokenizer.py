@@ -39,8 +39,10 @@ def clean(text: str) -> str:
 
 def words(text: str) -> Iterator[str]:
     """Cut clean text into words. Python's `re` knows no \\p{L}: other alphabets are mapped to ASCII for the search."""
-    kinds = "".join(map(kind, text))
-    return (text[found.start() : found.end()] for found in ASCII_WORDS.finditer(kinds))
+    for found in ASCII_WORDS.finditer("".join(map(kind, text))):
+        word = text[found.start() : found.end()]
+        # A special token in capitals is none; the reference implementation cuts what looks like one once more.
+        yield from (word[:2], word[2:-2], word[-2:]) if word in (START, END) else (word,)
 
 
 def kind(character: str) -> str:
