@@ -191,7 +191,7 @@ def unet_keys(config: UNetConfig) -> Iterator[Key]:
     yield from unet_up(config)
 
 
-def station(
+def unet_block(
     config: UNetConfig, here: str, folder: str, index: int, compvis: str, i: int, o: int, attention: bool
 ) -> Iterator[Key]:
     """A resnet from width i to o, and the transformer that may follow it."""
@@ -209,7 +209,7 @@ def unet_down(config: UNetConfig) -> Iterator[Key]:
         folder, attention = f"down_blocks.{level}", config.attention[level]
         for index in range(config.resnets_per_level):
             here, compvis = f"down.{block}", f"input_blocks.{block + 1}"
-            yield from station(config, here, folder, index, compvis, width, level_width, attention)
+            yield from unet_block(config, here, folder, index, compvis, width, level_width, attention)
             block, width = block + 1, level_width
         if level < len(config.widths) - 1:
             here, compvis = f"down.{block}.downsample.", f"input_blocks.{block + 1}.0."
@@ -220,7 +220,7 @@ def unet_down(config: UNetConfig) -> Iterator[Key]:
 def unet_middle(config: UNetConfig) -> Iterator[Key]:
     """The middle: a resnet with a transformer, and a resnet."""
     width = config.widths[-1]
-    yield from station(config, "middle.0", "mid_block", 0, "middle_block", width, width, True)
+    yield from unet_block(config, "middle.0", "mid_block", 0, "middle_block", width, width, True)
     names = "middle.1.resnet.", "mid_block.resnets.1.", "middle_block.2."
     yield from place(UNET_RESNET, *names, i=width, o=width, time=config.time_width)
 
@@ -232,7 +232,7 @@ def unet_up(config: UNetConfig) -> Iterator[Key]:
         folder, attention = f"up_blocks.{len(config.widths) - 1 - level}", config.attention[level]
         for index in range(config.resnets_per_level + 1):
             here, compvis = f"up.{block}", f"output_blocks.{block}"
-            yield from station(config, here, folder, index, compvis, width + skips.pop(), level_width, attention)
+            yield from unet_block(config, here, folder, index, compvis, width + skips.pop(), level_width, attention)
             block, width = block + 1, level_width
         if level > 0:  # CompVis puts it behind the transformer, or behind the resnet where there is none
             compvis = f"{compvis}.{2 if attention else 1}."

@@ -130,13 +130,18 @@ IGNORABLE: tuple[tuple[str, str, frozenset[str]], ...] = tuple(
 )
 
 
+LABELS = {member: label for label, _, members in IGNORABLE for member in members}
+BEGINNINGS = tuple(member for member in LABELS if member[-1] in "._")
+
+
 def ignorable(name: str) -> str | None:
     """The class of leftovers that `name` belongs to, or None."""
     for wrapper in WRAPPERS:
         bare = name.removeprefix(wrapper)
-        for label, _, members in IGNORABLE:
-            if bare in members or any(bare.startswith(m) for m in members if m[-1] in "._"):
-                return label
+        if bare in LABELS:
+            return LABELS[bare]
+        if bare.startswith(BEGINNINGS):  # all at once: a file may have a million names
+            return next(LABELS[beginning] for beginning in BEGINNINGS if bare.startswith(beginning))
     if name.endswith((".scale_input", ".input_scale")):
         return "8-bit settings"
     return "position ids" if name.endswith("embeddings.position_ids") else None

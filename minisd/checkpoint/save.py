@@ -177,7 +177,7 @@ def write_single_file(model: Model, file: Path, dtype: torch.dtype | None, title
         for key in keys
     }
     settings = settings_as_metadata(model.config, model.tokenizer, model.generation)
-    write_tensors(file, tensors, modelspec(model.config, title) | settings)
+    write_tensors(file, tensors, modelspec_of(model.config, title) | settings)
 
 
 def settings_as_metadata(
@@ -197,18 +197,23 @@ def settings_as_metadata(
 ARCHITECTURE = "stable-diffusion-v1"
 
 
-def modelspec(config: ModelConfig, title: str) -> dict[str, str]:
+def modelspec(title: str, prediction: str, size: int, kind: str = "") -> dict[str, str]:
     """The metadata by which other programs recognise a model (https://github.com/Stability-AI/ModelSpec).
 
-    It has no date: the same model written twice is the same file.
+    `prediction`: diffusers' prediction_type; `size`: the resolution in pixels; `kind`: "/lora" for a LoRA. There is no
+    date: the same model written twice is the same file.
     """
-    size = config.unet.sample_size * config.vae.downsampling
-    prediction = str(config.scheduler.get("prediction_type", "epsilon"))
     return {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": ARCHITECTURE,
+        "modelspec.architecture": ARCHITECTURE + kind,
         "modelspec.implementation": "https://github.com/CompVis/ldm",
         "modelspec.title": title,
         "modelspec.prediction_type": "v" if prediction == "v_prediction" else prediction,
         "modelspec.resolution": f"{size}x{size}",
     }
+
+
+def modelspec_of(config: ModelConfig, title: str) -> dict[str, str]:
+    """`modelspec` of a whole model."""
+    size = config.unet.sample_size * config.vae.downsampling
+    return modelspec(title, str(config.scheduler.get("prediction_type", "epsilon")), size)

@@ -13,6 +13,7 @@ import os
 import struct
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -321,13 +322,19 @@ def known_fields(component: str, config: dict[str, Any]) -> dict[str, Any]:
 
 def stored_json(files: Files, name: str, key: str | None = None) -> Any:
     """A JSON object in a file's metadata, or what it has under `key`; or None. Raises CheckpointError if broken."""
-    try:
-        stored = json.loads(files.metadata.get(name, "null"))
-    except (ValueError, RecursionError):
-        stored = False
+    stored = parsed(files.metadata.get(name, "null"))
     if stored is not None and not isinstance(stored, dict):
         raise CheckpointError(f"{files.path}: its metadata holds a broken {name}")
     return stored if key is None else (stored or {}).get(key)
+
+
+@lru_cache(4)
+def parsed(text: str) -> Any:
+    """A JSON value; False for anything else. Each component asks for the same text."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return False
 
 
 # ---- schedule, generation, fit -----------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from minisd.checkpoint.infer import INFER
 from minisd.checkpoint.keymap import COMPVIS_PREFIX, model_keys
 from minisd.checkpoint.load import Checkpoint, read_tokenizer
 from minisd.checkpoint.naming import ignorable, namings
-from minisd.checkpoint.save import modelspec, settings_as_metadata
+from minisd.checkpoint.save import modelspec_of, settings_as_metadata
 from minisd.checkpoint.schedule import Stated, understand
 from minisd.files import CheckpointError
 from minisd.lab.weights.streaming import Entry
@@ -58,7 +58,7 @@ def with_settings(
     that has no title yet.
     """
     fresh = settings_as_metadata(checkpoint.config, read_tokenizer(checkpoint, None), checkpoint.generation)
-    standard = modelspec(checkpoint.config, title)
+    standard = modelspec_of(checkpoint.config, title)
     stored = {name: metadata[name] for name in SETTINGS if name in metadata}
     if {name: as_json(text) for name, text in stored.items()} == {name: as_json(text) for name, text in fresh.items()}:
         return dict(metadata)

@@ -19,8 +19,10 @@ from torch import Tensor
 from minisd.adapters.targets import Target, layers
 from minisd.adapters.writing import checked_path, write_lora
 from minisd.checkpoint.naming import TITLES
-from minisd.checkpoint.survey import Part, find
+from minisd.checkpoint.save import modelspec
+from minisd.checkpoint.survey import Part, find, survey
 from minisd.checkpoint.values import Values
+from minisd.config import SD15
 from minisd.files import CheckpointError
 from minisd.lab.weights.scan import sha256
 
@@ -174,9 +176,11 @@ def told(done: Extract, a: Source, b: Source, pairs: Mapping[str, tuple[Part, Pa
         side: {"name": Path(path).name, "sha256": sums(pair[index] for pair in pairs.values())}
         for index, (side, path) in enumerate((("a", a), ("b", b)))
     }
+    size = pairs["unet"][1].config.sample_size if "unet" in pairs else SD15.unet.sample_size
     errors = {name: round(kept.error, 6) for name, kept in done.components.items()}
     facts = {"sources": sources, "rank": done.rank, "relative_error": errors}
     return {
+        **modelspec(done.path.stem, survey(b).schedule.prediction, size * SD15.vae.downsampling, "/lora"),
         "minisd.extract": json.dumps(facts),
         "ss_network_dim": str(done.rank),
         "ss_network_alpha": str(done.rank),
