@@ -82,7 +82,7 @@ class VAEConfig:
     @property
     def downsampling(self) -> int:
         """How many pixels of height and width one latent stands for: 8."""
-        return 2 ** (len(self.widths) - 1)
+        return 1 << (len(self.widths) - 1)
 
 
 @dataclass(frozen=True, kw_only=True)

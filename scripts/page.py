@@ -1,4 +1,4 @@
-"""The Python code on the README's page, run as it stands there: for the tests, and for the page's own pictures."""
+"""The Python code on a README page, run as it stands there: for the tests, and for the page's own images."""
 
 import os
 import re
@@ -13,10 +13,10 @@ import minisd.checkpoint
 REPOSITORY = Path(__file__).parents[1]
 
 
-def run_section(title: str, folder: Path) -> dict[str, Any]:
-    """Run the code under the heading `title`, block after block, in `folder`; returns all that it named."""
-    page = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    section = re.split(r"\n#+ ", page.partition(f"# {title}\n")[2])[0]
+def run_section(title: str, folder: Path, page: str = "README.md") -> dict[str, Any]:
+    """Run the code under a page's heading `title`, block after block, in `folder`; returns all that it named."""
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    section = re.split(r"\n#+ ", text.partition(f"# {title}\n")[2])[0]
     names: dict[str, Any] = {"minisd": minisd, "torch": torch}
     (folder / "weights").symlink_to(REPOSITORY / "weights")
     here = Path.cwd()

@@ -7,7 +7,7 @@ reported and ignored. This file needs the standard library only.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from minisd.config import SD15, TextEncoderConfig, UNetConfig, VAEConfig
 from minisd.files import CheckpointError, shown
@@ -157,7 +157,10 @@ def read_fields(table: Fields, config: Mapping[str, Any], where: str, notes: lis
     return arguments
 
 
-def build(kind: Callable[..., Any], arguments: dict[str, Any], where: str) -> Any:
+Config = TypeVar("Config")
+
+
+def build(kind: Callable[..., Config], arguments: dict[str, Any], where: str) -> Config:
     """Make the dataclass, with every number in a possible range."""
     for name, value in arguments.items():
         if isinstance(value, list) and name in ("widths", "attention"):

@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from minisd.files import CheckpointError, check_regular, read_json_object, shown
 
@@ -100,10 +100,10 @@ def parse_header(path: Path, first: bytes, file: BinaryIO, size: int) -> Header:
     return Header(path, tensors, metadata)
 
 
-def parse_json(path: Path, text: bytes) -> dict:
+def parse_json(path: Path, text: bytes) -> dict[str, Any]:
     """The header's JSON object. A name that appears twice is an error: one of the two would be lost."""
 
-    def no_twins(pairs: list[tuple[str, object]]) -> dict:
+    def no_twins(pairs: list[tuple[str, object]]) -> dict[str, object]:
         entries = dict(pairs)
         if len(entries) != len(pairs):
             (twin, _), *_ = Counter(name for name, _ in pairs).most_common(1)

@@ -72,7 +72,7 @@ def checked_vocabulary(where: Path | str, vocabulary: Any) -> dict[str, int]:
     ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else [None]
     if not all(isinstance(n, int) and 0 <= n < MAX_ID for n in ids) or len(set(ids)) != len(ids):
         raise CheckpointError(f"{where}: is not a table from tokens to different ids")
-    return vocabulary
+    return dict(vocabulary)
 
 
 def read_merges(path: Path) -> Merges:

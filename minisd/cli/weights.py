@@ -10,6 +10,8 @@ import click
 
 from minisd.files import write_whole
 
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
 if TYPE_CHECKING:
     from minisd.lab.weights.convert import Job
 
@@ -80,6 +82,9 @@ def number_of_bytes(_: click.Context, __: click.Parameter, text: str | None) -> 
 @click.option("--weights", type=click.Choice(["auto", "ema", "raw"]), default="auto", help="If a file has two sets.")
 @click.option("--lean", is_flag=True, help="Leave out what is not the model.")
 @click.option("--shard-size", callback=number_of_bytes, metavar="SIZE", help="At most so much a file, such as 2GB.")
+@click.option(
+    "--prediction", type=click.Choice(PREDICTIONS), help="What the UNet predicts. [default: what SOURCE says]"
+)
 @click.option("--from-pickle", is_flag=True, help="SOURCE is a .ckpt, .pt or .bin; nothing in it is executed.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
 def convert(source: str, target: str, dtype: str | None, from_pickle: bool, quiet: bool, **settings: Any) -> None:

@@ -308,6 +308,18 @@ def test_the_averaged_weights_of_two_sets(tmp_path):
         assert not any("scale" in name for name in contents(path)[0])
 
 
+@pytest.mark.parametrize("kind", ("epsilon", "v_prediction"))
+def test_what_the_unet_predicts_can_be_corrected(community, tmp_path, kind):
+    """The source says v, by a tensor; the result says what was asked for, in both layouts."""
+    convert(community, tmp_path / "folder", prediction=kind)
+    convert(community, tmp_path / "file.safetensors", prediction=kind)
+    for name in ("folder", "file.safetensors"):
+        assert StableDiffusion.load(tmp_path / name).config.scheduler["prediction_type"] == kind
+    arguments = [str(community), str(tmp_path / "other"), "--prediction", kind, "-q"]
+    assert CliRunner().invoke(convert_command, arguments, catch_exceptions=False).exit_code == 0
+    assert StableDiffusion.load(tmp_path / "other").config.scheduler["prediction_type"] == kind
+
+
 def test_compvis_is_one_file(tmp_path):
     with pytest.raises(ValueError, match="the compvis layout is one file"):
         convert("emoji", tmp_path / "folder", layout="compvis")

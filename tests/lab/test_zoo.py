@@ -77,6 +77,7 @@ def test_what_is_sound_is_described_and_not_loaded(zoo):
         message = str(caught.value)
         assert str(path) in message and specimen.word.split(" only")[0] in message, (specimen.path, message)
         assert len(message.splitlines()) <= 25
+        assert report.problem == "; ".join(line.strip() for line in message.splitlines())  # one understanding
 
 
 def test_what_is_broken_is_refused_at_once(zoo):

@@ -84,6 +84,7 @@ def convert(
     lean: bool = False,
     shard_size: int | None = None,
     from_pickle: bool = False,
+    prediction: str | None = None,
     advance: Advance = lambda _: None,
 ) -> Path:
     """Write the model at `source` to `target` in another form; returns `target`.
@@ -92,14 +93,17 @@ def convert(
     "unet", "vae" or "text_encoder". `dtype`: cast every weight; None keeps each one's own. `weights`: "auto", "ema" or
     "raw", where there are two sets. `lean` leaves out what is not the model. `shard_size`: at most so many bytes a file
     (diffusers' layout). `from_pickle`: the source is a `.ckpt`, `.pt` or `.bin` (see `pickles.py`); nothing in it is
-    executed. `advance` is told of every piece written. Raises CheckpointError for a source that cannot be
-    used, ValueError for settings that are impossible, FileExistsError where something else than a model is in the way.
+    executed. `prediction`: "epsilon", "v_prediction" or "sample", where the source does not say what its UNet predicts,
+    or says it wrongly. `advance` is told of every piece written.
+
+    Raises CheckpointError for a source that cannot be used, ValueError for settings that are impossible,
+    FileExistsError where something else than a model is in the way.
     """
     with opened(source, target, from_pickle) as readable:
         job = plan(
             Conversion(
                 source=readable, target=target, layout=layout, component=component, dtype=dtype, weights=weights,
-                lean=lean, shard_size=shard_size,
+                lean=lean, shard_size=shard_size, prediction=prediction,
             )
         )  # fmt: skip
         into_place(job.target, lambda place: run(job, place, advance))
@@ -164,6 +168,8 @@ def plan_model(wanted: Conversion, target: Path, layout: str) -> Job:
     entries = {name: rename(part, name, layout, wanted.dtype) for name, part in checkpoint.components.items()}
     beside, metadata = (None, {}) if wanted.lean else baggage.beside(checkpoint)
     leftovers = [copied(beside, name, name, info.shape) for name, info in beside.tensors.items()] if beside else []
+    if wanted.prediction not in (None, "v_prediction"):
+        leftovers = [one for one in leftovers if one.name != "v_pred"]
     if layout == "compvis":
         weights_of_all = [one for part in entries.values() for one in part]
         others = [one.name for one in leftovers]

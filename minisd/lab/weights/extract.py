@@ -18,13 +18,13 @@ from torch import Tensor
 
 from minisd.adapters.targets import Target, layers
 from minisd.adapters.writing import checked_path, write_lora
+from minisd.checkpoint.hub import sha256
 from minisd.checkpoint.naming import TITLES
 from minisd.checkpoint.save import modelspec
 from minisd.checkpoint.survey import Part, find, survey
 from minisd.checkpoint.values import Values
 from minisd.config import SD15
 from minisd.files import CheckpointError
-from minisd.lab.weights.scan import sha256
 
 Source = str | os.PathLike[str]
 
