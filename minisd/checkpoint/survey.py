@@ -11,6 +11,7 @@ This file needs the standard library only. Next: `load.py`.
 import json
 import os
 import struct
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -58,12 +59,43 @@ class Part:
     notes: tuple[str, ...]
 
     @property
-    def averaged(self) -> bool:
-        return self.match.naming.column == "ema"
+    def title(self) -> str:
+        return AVERAGED if self.match.naming.column == "ema" else self.component
 
     @property
-    def title(self) -> str:
-        return AVERAGED if self.averaged else self.component
+    def sources(self) -> dict[str, str]:
+        """minisd's name -> the file's."""
+        return {ours: name for ours, (name, _) in self.match.sources.items()}
+
+    @property
+    def infos(self) -> list[TensorInfo]:
+        return [self.files.tensors[name] for name in self.sources.values()]
+
+    @property
+    def missing(self) -> list[str]:
+        """In the file's own naming."""
+        return [name for name, _ in self.problems.missing]
+
+    @property
+    def misshapen(self) -> list[str]:
+        return [f"{name} is {list(got)}, not {list(want)}" for name, got, want in self.problems.shape]
+
+    @property
+    def complete(self) -> bool:
+        return not self.missing and not self.misshapen
+
+    @property
+    def dtypes(self) -> dict[str, int]:
+        """How many weights have each dtype, the most frequent first."""
+        return dict(Counter(info.dtype for info in self.infos).most_common())
+
+    @property
+    def parameters(self) -> int:
+        return sum(prod(info.shape) for info in self.infos)
+
+    @property
+    def bytes(self) -> int:
+        return sum(info.end - info.start for info in self.infos)
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from minisd.checkpoint.keymap import COMPONENTS
 from minisd.checkpoint.naming import TITLES
+from minisd.checkpoint.survey import Part
 from minisd.checkpoint.values import Values
 from minisd.files import CheckpointError
-from minisd.lab.weights.inspect import Part, Report, inspect
+from minisd.lab.weights.inspect import Report, inspect
 
 MOVERS = 10  # weights that are listed because they changed most
 
@@ -133,9 +134,9 @@ def compare(
 
 def other_settings(left: Part, right: Part) -> Iterable[str]:
     """What the configurations of a component do not have in common."""
-    for name, value in left.config.items():
-        if right.config.get(name) != value:
-            yield f"{TITLES[left.component]}: {name} is {value} in A and {right.config.get(name)} in B"
+    for name, value in vars(left.config).items():
+        if getattr(right.config, name) != value:
+            yield f"{TITLES[left.component]}: {name} is {value} in A and {getattr(right.config, name)} in B"
 
 
 def other_hints(one: Report, other: Report) -> Iterable[tuple[str, str]]:

@@ -1,56 +1,26 @@
 """What is in a weight file: understood from its header alone, so that 8 GB take as long as 8 MB.
 
     report = inspect("model.safetensors")
-    print(report.what, report.parts["unet"].naming, report.warnings)
+    print(report.what, report.parts["unet"].dtypes, report.warnings)
 
 A file that is whole but cannot be loaded is described, with the reason; only what is not a weight file at all raises.
 This file needs the standard library only. `report.py` says the same in words, `scan.py` looks at the values.
 """
 
 import os
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
 from minisd.checkpoint.header import Files, TensorInfo
 from minisd.checkpoint.keymap import COMPONENTS
-from minisd.checkpoint.naming import TITLES, Match, Naming, ignorable
-from minisd.checkpoint.survey import AVERAGED, Survey, survey
-from minisd.checkpoint.survey import Part as Found
+from minisd.checkpoint.naming import TITLES, ignorable
+from minisd.checkpoint.survey import AVERAGED, Part, Survey, survey
 from minisd.config import SD15
 from minisd.files import shown
 from minisd.lab.weights.official import official
 
 KINDS = {4: "", 5: " for depth to image", 8: " for editing by instruction", 9: " for inpainting"}  # by channels in
-
-
-@dataclass
-class Part:
-    """One component of a model. A UNet that is there twice, raw and averaged, is two parts."""
-
-    component: str
-    naming: str  # "diffusers", "CompVis", with what is unusual about it
-    found: int
-    missing: list[str]  # the file's own naming; empty if it is complete
-    misshapen: list[str]
-    dtypes: dict[str, int]
-    parameters: int
-    bytes: int
-    config: dict[str, Any]
-    flaw: str | None  # why its configuration cannot be used
-    match: Match = field(repr=False)
-    files: Files = field(repr=False)
-
-    @property
-    def sources(self) -> dict[str, str]:
-        """minisd's name -> the file's."""
-        return {ours: name for ours, (name, _) in self.match.sources.items()}
-
-    @property
-    def complete(self) -> bool:
-        return not self.missing and not self.misshapen
 
 
 @dataclass
@@ -72,14 +42,9 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: without the long lists of names."""
-        parts = {
-            name: {key: value for key, value in vars(part).items() if key not in ("match", "files")}
-            | {"complete": part.complete}
-            for name, part in self.parts.items()
-        }
-        leftovers = {kind: len(names) for kind, names in self.leftovers.items()}
         told = {key: value for key, value in vars(self).items() if key != "files"}
-        return told | {"parts": parts, "leftovers": leftovers}
+        leftovers = {kind: len(names) for kind, names in self.leftovers.items()}
+        return told | {"parts": {title: facts(part) for title, part in self.parts.items()}, "leftovers": leftovers}
 
 
 def inspect(source: str | os.PathLike[str]) -> Report:
@@ -90,7 +55,7 @@ def inspect(source: str | os.PathLike[str]) -> Report:
     found = survey(source)
     sets = list(found.sets.values())
     names = {name: info for files in sets for name, info in files.tensors.items()}
-    parts = {} if found.other else {title: describe(part) for title, part in found.parts.items()}
+    parts = {} if found.other else found.parts
     size = sum(path.stat().st_size for files in sets for path in set(files.location.values()) or {files.path})
     return Report(
         path=str(found.path),
@@ -111,28 +76,16 @@ def inspect(source: str | os.PathLike[str]) -> Report:
 # ---- the parts -------------------------------------------------------------------------------------------
 
 
-def describe(found: Found) -> Part:
+def facts(part: Part) -> dict[str, Any]:
     """What of a component is there, by the configuration that its shapes (or its config.json) tell."""
-    names = [name for name, _ in found.match.sources.values()]
-    infos = [found.files.tensors[name] for name in names]
-    return Part(
-        component=found.component,
-        naming=words_for(found.match.naming, names),
-        found=len(names),
-        missing=[name for name, _ in found.problems.missing],
-        misshapen=[f"{shown(name)} is {list(got)}, not {list(want)}" for name, got, want in found.problems.shape],
-        dtypes=dict(Counter(info.dtype for info in infos).most_common()),
-        parameters=sum(prod(info.shape) for info in infos),
-        bytes=sum(info.end - info.start for info in infos),
-        config=vars(found.config).copy(),
-        flaw=found.flaw,
-        match=found.match,
-        files=found.files,
-    )
+    names = ("component", "missing", "misshapen", "dtypes", "parameters", "bytes", "flaw", "complete")
+    found = {name: getattr(part, name) for name in names}
+    return found | {"naming": naming(part), "found": len(part.sources), "config": vars(part.config).copy()}
 
 
-def words_for(naming: Naming, names: Iterable[str]) -> str:
-    """The dialect, for people."""
+def naming(part: Part) -> str:
+    """The dialect, for people: "diffusers" or "CompVis", with what is unusual about it."""
+    naming, names = part.match.naming, part.sources.values()
     words = {"diffusers": "diffusers", "compvis": "CompVis", "ema": "CompVis, averaged (EMA)"}[naming.column]
     words += f", prefix {naming.prefix!r}" if naming.prefix else ", no prefix"
     if any(".query." in name or ".proj_attn." in name for name in names):
@@ -157,7 +110,7 @@ def name_of(parts: Mapping[str, Part], names: Mapping[str, TensorInfo]) -> str:
     if not present:
         some = ", ".join(shown(name, 60) for name in sorted(names)[:3])
         return f"not Stable Diffusion: {len(names)} tensors such as {some or 'none'}"
-    kind = KINDS.get(unet.config["in_channels"], f" with {unet.config['in_channels']} channels in") if unet else ""
+    kind = KINDS.get(unet.config.in_channels, f" with {unet.config.in_channels} channels in") if unet else ""
     both = {name for name in parts if name.startswith("unet")}
     sets = {1: "" if "unet" in both else ", averaged (EMA) weights only", 2: ", raw and averaged (EMA) weights"}
     whole = "Stable Diffusion 1.x" + kind + sets.get(len(both), "")
@@ -233,5 +186,5 @@ def warnings(parts: Mapping[str, Part]) -> Iterable[str]:
     if scales:
         yield f"{scales} scale{'s' * (scales > 1)} of 8-bit weights: a program that ignores them generates white images"
     vae = parts.get("vae")
-    if vae and vae.config["scaling_factor"] not in (SD15.vae.scaling_factor, None) and vae.config["widths"][0] >= 128:
-        yield f"VAE: scaling factor {vae.config['scaling_factor']}, where SD 1.x has {SD15.vae.scaling_factor}"
+    if vae and vae.config.scaling_factor not in (SD15.vae.scaling_factor, None) and vae.config.widths[0] >= 128:
+        yield f"VAE: scaling factor {vae.config.scaling_factor}, where SD 1.x has {SD15.vae.scaling_factor}"

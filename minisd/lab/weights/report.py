@@ -9,7 +9,7 @@ from minisd.checkpoint.keymap import COMPONENTS, COMPVIS_PREFIX, model_keys
 from minisd.checkpoint.naming import TITLES
 from minisd.config import SD15
 from minisd.files import shown
-from minisd.lab.weights.inspect import Report
+from minisd.lab.weights.inspect import Report, naming
 
 SHOWN = 5  # names of a kind
 
@@ -22,12 +22,12 @@ def lines(report: Report) -> Iterable[str]:
     if report.official:
         yield f"  has the size and the number of tensors of the official {report.official}"
     for name, part in report.parts.items():
-        state = "complete" if part.complete else f"INCOMPLETE, {part.found:,} tensors"
+        state = "complete" if part.complete else f"INCOMPLETE, {len(part.sources):,} tensors"
         dtypes = ", ".join(
             f"{dtype} ({count})" if len(part.dtypes) > 1 else dtype for dtype, count in part.dtypes.items()
         )
         title = name.replace(part.component, TITLES[part.component])
-        yield f"  {title}: {state}; {part.naming}; {dtypes}; {part.parameters:,} parameters, {amount(part.bytes)}"
+        yield f"  {title}: {state}; {naming(part)}; {dtypes}; {part.parameters:,} parameters, {amount(part.bytes)}"
         yield from few("missing", part.missing)
         yield from few("of another shape", part.misshapen)
     for kind, names in report.leftovers.items():
