@@ -21,7 +21,7 @@ Tensors = Mapping[str, TensorInfo]
 
 TITLES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder"}  # the components, for people
 
-# Where components have been seen in the wild. The first entry of each is canonical.
+# The prefixes that files in circulation have. The first entry of each is canonical.
 PREFIXES = {
     ("unet", "diffusers"): ("", "unet."),
     ("unet", "compvis"): ("model.diffusion_model.", "diffusion_model.", ""),
@@ -193,13 +193,14 @@ def stranger(tensors: Tensors) -> str | None:
     """What else the file is, if it is not Stable Diffusion 1.x: a name for people, or None."""
     if tensors and sum(map(is_lora, tensors)) > len(tensors) // 3:
         return LORA
-    has_unet = bool(namings("unet", tensors))
     if is_embedding(tensors):
         return EMBEDDING
     for label, marks in STRANGERS:
-        small_part = label.startswith("a ControlNet") and has_unet
-        if not small_part and any(name.startswith(tuple(marks.split())) for name in tensors):
+        marked = any(name.startswith(tuple(marks.split())) for name in tensors)
+        if marked and not (label.startswith("a ControlNet") and namings("unet", tensors)):  # in a model, a leftover
             return label
+    if not any("attn2.to_k" in name or "attn2to_k" in name for name in tensors):
+        return None
     for naming in namings("unet", tensors).values():
         to_k = shape_of(tensors, naming, "down.0.attention.cross_attn.k.weight")
         if to_k and to_k[1] == 1024:

@@ -195,9 +195,9 @@ def diff(a: str, b: str, as_json: bool, plot: str | None, quiet: bool) -> None:
     with tqdm(unit="weight", leave=False, disable=True if quiet else None) as bar:
         difference = compare(a, b, advance=bar.update)
     if target:
-        picture = io.BytesIO()
-        bars(difference.blocks).save(picture, "PNG")
-        write_whole(target, picture.getvalue())
+        image = io.BytesIO()
+        bars(difference.blocks).save(image, "PNG")
+        write_whole(target, image.getvalue())
     click.echo(json.dumps(difference.as_dict()) if as_json else "\n".join(lines(difference)))
     if target and not as_json:
         click.echo(target)

@@ -265,15 +265,15 @@ def lines(difference: Difference) -> Iterable[str]:
 
 
 def bars(blocks: Mapping[str, Sum], width: int = 720) -> Image.Image:
-    """A picture: for each block a bar as long as its relative change."""
+    """A bar chart: the relative change of each block."""
     line, left = 16, 230
     most = max((one.relative for one in blocks.values() if math.isfinite(one.relative)), default=0.0) or 1.0
-    picture = Image.new("RGB", (width, line * len(blocks) + 2 * line), "white")
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size=11)
+    image = Image.new("RGB", (width, line * len(blocks) + 2 * line), "white")
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=11)
     for row, (name, one) in enumerate(blocks.items()):
         y = line + row * line
         length = (width - left - 90) * min(1.0, one.relative / most)
         pen.text((8, y), name, fill="black", font=font)
         pen.rectangle((left, y + 2, left + max(0.0, length), y + line - 4), fill=(70, 110, 190))
         pen.text((left + length + 6, y), f"{one.relative:.2%}", fill=(90, 90, 90), font=font)
-    return picture
+    return image

@@ -1,8 +1,8 @@
-"""Checkpoints mixed into one: weighted sums, differences, walks on the sphere, by block; other components, LoRAs.
+"""Several checkpoints into one: weighted sums, differences, spherical interpolation, by block; components, LoRAs.
 
     merge("a.safetensors", "b.safetensors", "ab.safetensors", weight=0.3)        # 70 % of A, 30 % of B
     merge("a.safetensors", "b.safetensors", "new.safetensors", minus="base.safetensors", weight=1.0)
-    merge("a.safetensors", None, "painter.safetensors", take={"vae": "vae-ft-mse.safetensors"})
+    merge("a.safetensors", None, "other-vae.safetensors", take={"vae": "vae-ft-mse.safetensors"})
 
 The result is A in everything but the values: A's dtypes, A's schedule buffers and other integers, A's tokenizer. It
 streams as `convert` does: a few rows of each model are in memory at a time. How it was made, and of which files, stands
@@ -257,7 +257,7 @@ def check_difference(others: Sequence[Values]) -> None:
 
 
 def fewer_channels(theirs: tuple[int, ...], ours: tuple[int, ...]) -> bool:
-    """Is it a model for text alone, where ours takes a mask and a picture too?"""
+    """Is it a model for text alone, where ours takes a mask and an image too?"""
     return theirs[1] < ours[1] and theirs[:1] + theirs[2:] == ours[:1] + ours[2:]
 
 
