@@ -5,8 +5,7 @@
 
 Values stream from file to file (see `streaming.py`). What a folder has no place for travels along: what stood beside
 the model in a single file goes to `leftovers.safetensors`, with the file's metadata, and comes back from there (see
-`baggage.py`). A
-result has its name only when it is whole and was checked.
+`leftovers.py`). A result has its name only when it is whole and was checked.
 """
 
 import os
@@ -28,7 +27,7 @@ from minisd.checkpoint.save import check_replaceable, into_place, write_json, wr
 from minisd.checkpoint.survey import Part
 from minisd.checkpoint.values import Values
 from minisd.files import CheckpointError
-from minisd.lab.weights import baggage
+from minisd.lab.weights import leftovers
 from minisd.lab.weights.pickles import unpickle
 from minisd.lab.weights.streaming import Entry, copied, weight, write_file
 
@@ -151,7 +150,7 @@ def plan_component(wanted: Conversion, component: str, target: Path, layout: str
     entries = rename(part, component, layout, wanted.dtype)
     return Job(
         target=target, layout=layout, checkpoint=None, entries={component: entries}, leftovers=[],
-        metadata=baggage.of_component(component, part.config, entries), shard_size=wanted.shard_size,
+        metadata=leftovers.of_component(component, part.config, entries), shard_size=wanted.shard_size,
         components={component: part},
     )  # fmt: skip
 
@@ -166,16 +165,16 @@ def plan_model(wanted: Conversion, target: Path, layout: str) -> Job:
         checkpoint.components[name] = open_alone(wanted.take[name], name, weights=wanted.weights)
     check_parts(checkpoint)
     entries = {name: rename(part, name, layout, wanted.dtype) for name, part in checkpoint.components.items()}
-    beside, metadata = (None, {}) if wanted.lean else baggage.beside(checkpoint)
-    leftovers = [copied(beside, name, name, info.shape) for name, info in beside.tensors.items()] if beside else []
-    if wanted.prediction not in (None, "v_prediction"):
-        leftovers = [one for one in leftovers if one.name != "v_pred"]
+    beside, metadata = (None, {}) if wanted.lean else leftovers.beside(checkpoint)
+    spare = [copied(beside, name, name, info.shape) for name, info in beside.tensors.items()] if beside else []
+    if wanted.prediction not in (None, "v_prediction"):  # a marker tensor would say otherwise
+        spare = [one for one in spare if one.name != "v_pred"]
     if layout == "compvis":
         weights_of_all = [one for part in entries.values() for one in part]
-        others = [one.name for one in leftovers]
-        metadata = baggage.with_settings(metadata, checkpoint, weights_of_all, others, target.stem)
+        others = [one.name for one in spare]
+        metadata = leftovers.with_settings(metadata, checkpoint, weights_of_all, others, target.stem)
     return Job(
-        target=target, layout=layout, checkpoint=checkpoint, entries=entries, leftovers=leftovers,
+        target=target, layout=layout, checkpoint=checkpoint, entries=entries, leftovers=spare,
         metadata=metadata, shard_size=wanted.shard_size, components=checkpoint.components,
     )  # fmt: skip
 
@@ -261,7 +260,7 @@ def run(job: Job, place: Path, advance: Advance) -> None:
         words = read_tokenizer(job.checkpoint, None)
         write_settings(place, job.checkpoint.config, words, job.checkpoint.generation)
         if job.leftovers or job.metadata:
-            write_file(place / baggage.LEFTOVERS, job.leftovers, job.metadata, advance)
+            write_file(place / leftovers.FILE, job.leftovers, job.metadata, advance)
 
 
 def write_shards(

@@ -20,7 +20,7 @@ from minisd.checkpoint.schedule import Stated, understand
 from minisd.files import CheckpointError
 from minisd.lab.weights.streaming import Entry
 
-LEFTOVERS = "leftovers.safetensors"
+FILE = "leftovers.safetensors"
 SETTINGS = ("minisd.config", "minisd.tokenizer", "minisd.generation")  # what `sd.save` writes into the metadata
 
 
@@ -31,7 +31,7 @@ def beside(checkpoint: Checkpoint) -> tuple[Files | None, dict[str, str]]:
     settings of 8-bit weights whose scales were applied.
     """
     if checkpoint.path.is_dir():
-        path = checkpoint.path / LEFTOVERS
+        path = checkpoint.path / FILE
         files = open_files([path], path) if path.is_file() else None
         return files, dict(files.metadata) if files else {}
     files = checkpoint.survey.sets[""]
