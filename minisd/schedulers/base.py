@@ -85,6 +85,7 @@ class Scheduler:
     timestep_spacings: ClassVar[tuple[str, ...]] = tuple(equations.TIMESTEP_SPACINGS)
     _given: ClassVar[frozenset[str]] = frozenset()  # the arguments that were chosen, by name
     order: ClassVar[int] = 1  # how often `step` needs the model
+    divides_by_alpha_bar: ClassVar[bool] = True  # of the timestep of a step, to predict x0 from epsilon
     init_noise_sigma: ClassVar[float] = 1.0  # standard deviation of the noise that sampling starts from
 
     def __new__(cls, *args: Any, **given: Any) -> Self:
@@ -148,6 +149,10 @@ class Scheduler:
         if -1 in timesteps:
             problem = f"trailing spacing rounds {steps} steps to {len(timesteps)}, the last at timestep -1"
             warnings.warn(f"{problem}: bad results, as in diffusers. Take a step more or less", stacklevel=2)
+        pure_noise = bool(self.alphas_cumprod[-1] == 0) and len(self) - 1 in timesteps
+        if pure_noise and self.prediction_type == "epsilon" and self.divides_by_alpha_bar:
+            problem = f"zero terminal SNR: epsilon prediction divides by zero at timestep {len(self) - 1}"
+            warnings.warn(f"{problem}, as in diffusers. Take a model that predicts v", stacklevel=2)
         self.num_inference_steps = steps
         self.timesteps = torch.from_numpy(timesteps.copy()).to(device)
 

@@ -92,6 +92,7 @@ class DDIMInverseScheduler(Scheduler):
     set_alpha_to_zero: InitVar[bool | None] = None
 
     timestep_spacings: ClassVar[tuple[str, ...]] = ("leading", "trailing")
+    divides_by_alpha_bar: ClassVar[bool] = False  # but of the timestep below, which is never pure noise
 
     def __post_init__(self, set_alpha_to_zero: bool | None) -> None:
         super().__post_init__()

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -284,6 +285,19 @@ def test_what_may_be_a_timestep(cls, t):
         outcomes.append(ready(cls).step(noise(1), timestep, noise(2)))
     assert torch.equal(outcomes[0].prev_sample, outcomes[1].prev_sample)
     assert outcomes[1][0] is outcomes[1].prev_sample
+
+
+@pytest.mark.parametrize("cls", (DDIMScheduler, DDPMScheduler))
+@pytest.mark.parametrize("spacing", ("trailing", "linspace"))
+def test_zero_terminal_snr_with_epsilon_is_told(cls, spacing):
+    """The first step divides by alpha_bar = 0; a model that predicts v, or a run that begins below, does not."""
+    with pytest.warns(UserWarning, match="zero terminal SNR.*timestep 999"):
+        ready(cls, rescale_betas_zero_snr=True, timestep_spacing=spacing)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ready(cls, rescale_betas_zero_snr=True, timestep_spacing=spacing, prediction_type="v_prediction")
+        ready(cls, rescale_betas_zero_snr=True, timestep_spacing="leading")
+        ready(DDIMInverseScheduler, rescale_betas_zero_snr=True, timestep_spacing="trailing")
 
 
 # ---------------------------------------------------- configuration
