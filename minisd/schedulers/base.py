@@ -149,10 +149,6 @@ class Scheduler:
         if -1 in timesteps:
             problem = f"trailing spacing rounds {steps} steps to {len(timesteps)}, the last at timestep -1"
             warnings.warn(f"{problem}: bad results, as in diffusers. Take a step more or less", stacklevel=2)
-        pure_noise = bool(self.alphas_cumprod[-1] == 0) and len(self) - 1 in timesteps
-        if pure_noise and self.prediction_type == "epsilon" and self.divides_by_alpha_bar:
-            problem = f"zero terminal SNR: epsilon prediction divides by zero at timestep {len(self) - 1}"
-            warnings.warn(f"{problem}, as in diffusers. Take a model that predicts v", stacklevel=2)
         self.num_inference_steps = steps
         self.timesteps = torch.from_numpy(timesteps.copy()).to(device)
 
@@ -163,7 +159,11 @@ class Scheduler:
         indexing. diffusers does so (see `equations.trailing_timesteps`).
         """
         low = -1 if -1 in self.timesteps.tolist() else 0
-        return whole("timestep", timestep, low, self.num_train_timesteps - 1)
+        t = whole("timestep", timestep, low, self.num_train_timesteps - 1)
+        if self.divides_by_alpha_bar and self.prediction_type == "epsilon" and self.alphas_cumprod[t] == 0:
+            problem = f"zero terminal SNR: epsilon prediction divides by zero at timestep {t}"
+            warnings.warn(f"{problem}, as in diffusers. Take a model that predicts v", stacklevel=3)
+        return t
 
     def _two_timesteps(self, timestep: Any) -> tuple[int, int]:
         """t and the previous timestep of the DDIM schedulers, t - T // N.

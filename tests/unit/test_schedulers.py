@@ -291,13 +291,18 @@ def test_what_may_be_a_timestep(cls, t):
 @pytest.mark.parametrize("spacing", ("trailing", "linspace"))
 def test_zero_terminal_snr_with_epsilon_is_told(cls, spacing):
     """The first step divides by alpha_bar = 0; a model that predicts v, or a run that begins below, does not."""
+
+    def first_step(kind, **settings):
+        scheduler = ready(kind, rescale_betas_zero_snr=True, **settings)
+        scheduler.step(noise(1), scheduler.timesteps[0], noise(2))
+
     with pytest.warns(UserWarning, match="zero terminal SNR.*timestep 999"):
-        ready(cls, rescale_betas_zero_snr=True, timestep_spacing=spacing)
+        first_step(cls, timestep_spacing=spacing)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ready(cls, rescale_betas_zero_snr=True, timestep_spacing=spacing, prediction_type="v_prediction")
-        ready(cls, rescale_betas_zero_snr=True, timestep_spacing="leading")
-        ready(DDIMInverseScheduler, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+        first_step(cls, timestep_spacing=spacing, prediction_type="v_prediction")
+        first_step(cls, timestep_spacing="leading")
+        first_step(DDIMInverseScheduler, timestep_spacing="trailing")
 
 
 # ---------------------------------------------------- configuration
