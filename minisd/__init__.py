@@ -14,8 +14,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from minisd.checkpoint.errors import CheckpointError as CheckpointError
     from minisd.config import SD15 as SD15
+    from minisd.files import CheckpointError as CheckpointError
     from minisd.pipeline import StableDiffusion as StableDiffusion
     from minisd.schedulers import DDIMInverseScheduler as DDIMInverseScheduler
     from minisd.schedulers import DDIMScheduler as DDIMScheduler
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 _HOME = {
-    "CheckpointError": "minisd.checkpoint.errors",
+    "CheckpointError": "minisd.files",
     "SD15": "minisd.config",
     "StableDiffusion": "minisd.pipeline",
     "DDIMScheduler": "minisd.schedulers",

@@ -23,8 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from minisd.adapters.loading import Adapters
-from minisd.checkpoint.building import build, read_tokenizer, usable_device
-from minisd.checkpoint.reading import open_checkpoint
+from minisd.checkpoint.load import build, open_checkpoint, read_tokenizer, usable_device
 from minisd.checkpoint.save import Model, save
 from minisd.config import ModelConfig
 from minisd.noise import Generators, draw_noise

@@ -1,35 +1,97 @@
 """Text -> 77 token ids: CLIP's byte-pair encoding.
 
-In: a list of prompts. Out: ids (B, 77) int64: a start token, the prompt's tokens, an end token, padding. The merging is
-done by the `tokenizers` library; this file gives it CLIP's rules and vocabulary. Next in the walk: `text_encoder.py`.
+In: a list of prompts. Out: ids (B, 77) int64: a start token, the prompt's tokens, an end token, padding. The files of a
+tokenizer are read in `checkpoint/tokenizer_files.py`. Next in the walk: `text_encoder.py`.
 """
 
 import gzip
-import json
-import os
 import re
-from collections.abc import Sequence
-from functools import cache
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache, cached_property
 from importlib import resources
-from pathlib import Path
-from typing import Any
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
-from minisd.checkpoint.errors import CheckpointError
-from minisd.checkpoint.textfiles import read_json, read_text
+from minisd.config import END as END
+from minisd.config import START as START
 
-START, END = "<|startoftext|>", "<|endoftext|>"
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
-# Words are runs of letters, single digits, runs of other signs, and the endings of English contractions.
-# Radford et al. 2021; the pattern is part of the vocabulary: other cuts would ask for tokens that were never trained.
+END_OF_WORD = "</w>"
+MOST_KNOWN = 50_000  # words whose ids are remembered
+
+# Words are runs of letters, single digits, runs of other signs, and the endings of English contractions (Radford et al.
+# 2021). The pattern belongs to the vocabulary: other words would ask for tokens that were never trained.
 WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+ASCII_WORDS = re.compile(WORDS.replace(r"\p{L}", "a-zA-Z").replace(r"\p{N}", "0-9"), re.ASCII)
+
+
+def clean(text: str) -> str:
+    """Compose accents (NFC), make each run of white space one space, lower-case."""
+    text = re.sub(r"[^\S\x1c-\x1f]+", " ", unicodedata.normalize("NFC", text))
+    return "".join(character.lower() for character in text)  # one by one: a final sigma is like any other
+
+
+def words(text: str) -> Iterator[str]:
+    """Cut clean text into words. Python's `re` knows no \\p{L}: other alphabets are mapped to ASCII for the search."""
+    for found in ASCII_WORDS.finditer("".join(map(kind, text))):
+        word = text[found.start() : found.end()]
+        # A special token in capitals is none; the reference implementation cuts what looks like one once more.
+        yield from (word[:2], word[2:-2], word[-2:]) if word in (START, END) else (word,)
+
+
+def kind(character: str) -> str:
+    """A character for the search: ASCII itself, "a" for any other letter, "0" for a number, "." for a sign."""
+    if character.isascii():
+        return character
+    return " " if character.isspace() else {"L": "a", "N": "0"}.get(unicodedata.category(character)[0], ".")
+
+
+@cache
+def byte_symbols() -> list[str]:
+    """One printable character for each of the 256 bytes: Latin-1 where it prints, else U+0100 on (Radford et al. 2019).
+
+    In the order of CLIP's ids, which is not the order of the bytes: see `symbols_by_byte`.
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    return [chr(byte) for byte in printable] + [chr(0x100 + n) for n in range(256 - len(printable))]
+
+
+@cache
+def symbols_by_byte() -> list[str]:
+    """The symbol of each byte, 0 to 255."""
+    symbols = byte_symbols()
+    others = iter(symbols[188:])  # of the bytes that do not print
+    return [chr(byte) if chr(byte) in symbols[:188] else next(others) for byte in range(256)]
+
+
+def merge_pairs(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
+    """Byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909) of one word: symbols, merged pair by pair.
+
+    `ranks` tells how early in training each pair was merged; the earliest comes first, the leftmost of equal ones.
+    """
+    symbols = [symbols_by_byte()[byte] for byte in word.encode()]
+    symbols[-1] += END_OF_WORD
+    while pairs := [(ranks[pair], at) for at, pair in enumerate(pairwise(symbols)) if pair in ranks]:
+        _, at = min(pairs)
+        symbols[at : at + 2] = [symbols[at] + symbols[at + 1]]
+    return symbols
+
+
+def vocabulary_of(merges: list[tuple[str, str]]) -> dict[str, int]:
+    """CLIP's ids: the bytes, the bytes that end a word, one token for each merge, and the two special tokens."""
+    symbols = byte_symbols()
+    tokens = [*symbols, *(symbol + END_OF_WORD for symbol in symbols), *map("".join, merges), START, END]
+    return {token: index for index, token in enumerate(tokens)}
 
 
 class CLIPTokenizer:
-    """Lower-case, byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909) whose words end in `</w>`."""
+    """Lower-case, byte-level byte-pair encoding whose words end in `</w>`."""
 
     def __init__(
         self,
@@ -47,30 +109,10 @@ class CLIPTokenizer:
         """
         self.vocabulary, self.merges = vocabulary, merges
         self.pad_token, self.context_length, self.added = pad_token, context_length, tuple(added)
-        for token in (START, END, pad_token, *added):
-            if token not in vocabulary:
-                raise CheckpointError(f"the tokenizer's vocabulary has no {token!r}")
-        try:
-            model = models.BPE(vocab=vocabulary, merges=merges, unk_token=END, end_of_word_suffix="</w>")
-        except Exception as error:  # the library raises a bare Exception for a merge of unknown tokens
-            raise CheckpointError(f"the tokenizer's vocabulary and merges disagree: {error}") from None
-        self._bpe = Tokenizer(model)
-        self._bpe.normalizer = normalizers.Sequence(
-            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-        )
-        self._bpe.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False),
-            ]
-        )
-        self._bpe.post_processor = processors.RobertaProcessing(
-            (END, vocabulary[END]), (START, vocabulary[START]), trim_offsets=False, add_prefix_space=False
-        )
-        self._bpe.add_special_tokens(list(dict.fromkeys((START, END, pad_token))))
-        self._bpe.add_tokens([AddedToken(token, normalized=True) for token in self.added])
-        self._bpe.enable_truncation(context_length)
-        self._bpe.enable_padding(length=context_length, pad_id=vocabulary[pad_token], pad_token=pad_token)
+        self._ranks = {pair: rank for rank, pair in enumerate(merges)}
+        self._known: dict[str, list[int]] = {}  # words that were met before
+        self._special = {token: vocabulary[token] for token in (START, END, pad_token)}
+        self._added = {clean(token): vocabulary[token] for token in self.added}
 
     @classmethod
     @cache
@@ -81,42 +123,67 @@ class CLIPTokenizer:
         merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines if line)]
         return cls(vocabulary_of(merges), merges, pad_token=END, context_length=77)
 
-    @classmethod
-    def from_folder(cls, folder: str | os.PathLike[str]) -> "CLIPTokenizer":
-        """Read a `tokenizer/` folder: `tokenizer.json`, or `vocab.json` and `merges.txt`.
-
-        Raises CheckpointError for missing or broken files.
-        """
-        folder = Path(folder)
-        if (folder / "tokenizer.json").is_file():
-            vocabulary, merges = read_tokenizer_json(folder / "tokenizer.json")
-        else:
-            vocabulary, merges = read_vocabulary(folder / "vocab.json"), read_merges(folder / "merges.txt")
-        settings = read_settings(folder)
-        own = {START, END, settings["pad_token"]}
-        added = {token: index for token, index in read_added(folder).items() if token not in own}
-        vocabulary = checked_vocabulary(folder, {**vocabulary, **added})
-        try:
-            return cls(vocabulary, merges, added=list(added), **settings)
-        except CheckpointError as error:
-            raise CheckpointError(f"{folder}: {error}") from None
-
     def __call__(self, texts: str | list[str]) -> Tensor:
         """Encode `texts` (B strings, or one) -> ids (B, 77) int64, cut or padded to the context length.
 
         Raises ValueError for text that is not valid Unicode (a lone surrogate).
         """
-        texts = [texts] if isinstance(texts, str) else texts
-        for text in texts:
-            check_unicode(text)
-        texts = [self.spelt_out(text) for text in texts]
-        return torch.tensor([encoding.ids for encoding in self._bpe.encode_batch(texts)], dtype=torch.int64)
+        rows = [self.kept(text) for text in ([texts] if isinstance(texts, str) else texts)]
+        padding = [self.vocabulary[self.pad_token]] * self.context_length
+        return torch.tensor([(row + padding)[: self.context_length] for row in rows], dtype=torch.int64)
 
     def tokens(self, text: str) -> list[str]:
         """The tokens of one prompt as they read, start and end included, padding not. Raises ValueError as above."""
-        check_unicode(text)
-        encoding = self._bpe.encode(self.spelt_out(text))
-        return [token for token, kept in zip(encoding.tokens, encoding.attention_mask, strict=True) if kept]
+        return [self._by_id[index] for index in self.kept(text)]
+
+    def decode(self, ids: Tensor | Sequence[int]) -> str:
+        """One row of ids -> text, without special tokens and padding. What cleaning removed does not come back."""
+        special = set(self._special.values())
+        tokens = [self._by_id[index] for index in map(int, ids) if index not in special]
+        parts = (f"{token} ".encode() if token in self.added else token_bytes(token) for token in tokens)
+        return b"".join(parts).decode(errors="replace").strip()
+
+    def kept(self, text: str) -> list[int]:
+        """The ids of a prompt between start and end, as many as the context length holds."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"the prompt {text!r} is not valid Unicode text") from None
+        text = self.spelt_out(text)
+        # The library's Unicode tables are those of the reference implementation, and it takes texts of any length.
+        fast = not text.isascii() or len(text) > 1000
+        ids = self.encode_fast(text) if fast else self.encode(text)
+        return [self.vocabulary[START], *ids[: self.context_length - 2], self.vocabulary[END]]
+
+    def encode(self, text: str) -> list[int]:
+        """Text of any length -> its ids. Special tokens are found first, then added ones, then words are merged."""
+        ids: list[int] = []
+        for piece in split(text, self._special):
+            if piece in self._special:
+                ids.append(self._special[piece])
+                continue
+            for part in split(clean(piece), self._added):
+                ids += [self._added[part]] if part in self._added else self._merged(part)
+        return ids
+
+    def _merged(self, text: str) -> Iterable[int]:
+        """The ids of clean text; a symbol that the vocabulary lacks becomes the end token."""
+        for word in words(text):
+            if word not in self._known:
+                if len(self._known) >= MOST_KNOWN:
+                    self._known.clear()
+                tokens = merge_pairs(word, self._ranks)
+                self._known[word] = [self.vocabulary.get(token, self.vocabulary[END]) for token in tokens]
+            yield from self._known[word]
+
+    def encode_fast(self, text: str) -> list[int]:
+        """The same ids as `encode`, by the `tokenizers` library."""
+        ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
+        return ids
+
+    @cached_property
+    def _by_id(self) -> dict[int, str]:
+        return {index: token for token, index in self.vocabulary.items()}
 
     def spelt_out(self, text: str) -> str:
         """`text` with "name name_1 name_2" for each added "name" that has several vectors."""
@@ -134,142 +201,37 @@ class CLIPTokenizer:
             number += 1
         return " ".join(tokens)
 
-    def to_json(self) -> str:
-        """Everything that makes this tokenizer, as one text; `from_json` reads it."""
-        merges = [f"{left} {right}" for left, right in self.merges]
-        settings = {"pad_token": self.pad_token, "context_length": self.context_length, "added": self.added}
-        return json.dumps({"vocabulary": self.vocabulary, "merges": merges, **settings}, ensure_ascii=False)
-
-    @classmethod
-    def from_json(cls, text: str) -> "CLIPTokenizer":
-        """The tokenizer that `to_json` wrote. Raises CheckpointError for anything else."""
-        try:
-            stored = json.loads(text)
-            merges = [(left, right) for left, _, right in (line.partition(" ") for line in stored["merges"])]
-            vocabulary = checked_vocabulary("metadata", stored["vocabulary"])
-            settings = checked_settings("metadata", stored["pad_token"], stored["context_length"])
-            settings["added"] = checked_names("metadata", stored.get("added", []))
-            return cls(vocabulary, merges, **settings)
-        except CheckpointError:
-            raise
-        except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-            raise CheckpointError("broken tokenizer in the file's metadata") from None
-
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the files that transformers and diffusers read."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": self.pad_token}
-        settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.context_length, **special}
-        merges = [f"{left} {right}" for left, right in self.merges]
-        added = {token: self.vocabulary[token] for token in self.added}
-        plain = {token: index for token, index in self.vocabulary.items() if token not in added}
-        texts = {
-            "vocab.json": json.dumps(plain, ensure_ascii=False),
-            "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),  # an empty line would be refused as a merge
-            "tokenizer_config.json": json.dumps(settings, indent=2),
-            "special_tokens_map.json": json.dumps(special, indent=2),
-            **({"added_tokens.json": json.dumps(added, ensure_ascii=False, indent=2)} if added else {}),
-        }
-        for name, text in texts.items():
-            (folder / name).write_text(text, encoding="utf-8")
+    @cached_property
+    def _library(self) -> "Tokenizer":
+        """`encode` in Rust."""
+        return library_tokenizer(self)
 
 
-def check_unicode(text: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError(f"the prompt {text!r} is not valid Unicode text") from None
+def split(text: str, tokens: Iterable[str]) -> list[str]:
+    """Cut `text` before and behind each of the `tokens`, of which the longest is taken where several begin."""
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.split(f"({'|'.join(map(re.escape, longest_first))})", text) if longest_first else [text]
 
 
-def byte_symbols() -> list[str]:
-    """One printable sign for each of the 256 bytes: Latin-1 where it prints, else U+0100 on (Radford et al. 2019)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    return [chr(byte) for byte in printable] + [chr(0x100 + n) for n in range(256 - len(printable))]
+def token_bytes(token: str) -> bytes:
+    """The bytes that a token stands for; a space where a word ends."""
+    number = {symbol: byte for byte, symbol in enumerate(symbols_by_byte())}
+    text = bytes(number[symbol] for symbol in token.removesuffix(END_OF_WORD) if symbol in number)
+    return text + b" " if token.endswith(END_OF_WORD) else text
 
 
-def vocabulary_of(merges: list[tuple[str, str]]) -> dict[str, int]:
-    """CLIP's ids: the bytes, the bytes that end a word, one token for each merge, and the two special tokens."""
-    symbols = byte_symbols()
-    tokens = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *("".join(pair) for pair in merges), START, END]
-    return {token: index for index, token in enumerate(tokens)}
+def library_tokenizer(tokenizer: CLIPTokenizer) -> "Tokenizer":
+    """The rules above, told to the `tokenizers` library."""
+    from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-
-def read_vocabulary(path: Path) -> dict[str, int]:
-    return checked_vocabulary(path, read_json(path))
-
-
-def checked_vocabulary(path: Path | str, vocabulary: Any) -> dict[str, int]:
-    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else [None]
-    if not all(isinstance(n, int) and 0 <= n < 1 << 20 for n in ids) or len(set(ids)) != len(ids):
-        raise CheckpointError(f"{path}: is not a table from tokens to different ids")
-    return vocabulary
-
-
-def read_merges(path: Path) -> list[tuple[str, str]]:
-    """merges.txt: one pair a line; a first line that says "#version" is a comment."""
-    lines = read_text(path).split("\n")
-    rows = [line.split(" ") for line in lines if line.strip() and not line.startswith("#version")]
-    if not all(len(row) == 2 for row in rows):
-        raise CheckpointError(f"{path}: is not a list of pairs")
-    return [(left, right) for left, right in rows]
-
-
-def read_tokenizer_json(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """tokenizer.json: the vocabulary with later additions, and the merges in either of their spellings."""
-    stored = read_json(path)
-    try:
-        model = stored["model"]
-        vocabulary = {**model["vocab"], **added_of(stored)}
-        rows = [row.split(" ") if isinstance(row, str) else row for row in model["merges"]]
-        merges = [(left, right) for left, right in rows]
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise CheckpointError(f"{path}: is not a byte-pair tokenizer") from None
-    return checked_vocabulary(path, vocabulary), merges
-
-
-def added_of(stored: dict[str, Any]) -> dict[str, int]:
-    return {token["content"]: token["id"] for token in stored.get("added_tokens") or []}
-
-
-def read_added(folder: Path) -> dict[str, int]:
-    """The tokens that were added to a finished vocabulary, from whichever of the three files tells them."""
-    added: dict[str, int] = {}
-    try:
-        if (folder / "tokenizer.json").is_file():
-            added |= added_of(read_json(folder / "tokenizer.json"))
-        if (folder / "added_tokens.json").is_file():
-            added |= read_json(folder / "added_tokens.json")
-        if (folder / "tokenizer_config.json").is_file():
-            settings = read_json(folder / "tokenizer_config.json")
-            listed = settings.get("added_tokens_decoder", {}) if isinstance(settings, dict) else {}
-            added |= {token["content"]: int(index) for index, token in listed.items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{folder}: its added tokens are not a table from tokens to ids") from None
-    checked_names(folder, list(added))
-    return added
-
-
-def checked_names(folder: Path | str, added: Any) -> list[str]:
-    if not isinstance(added, list) or not all(isinstance(token, str) and token for token in added):
-        raise CheckpointError(f"{folder}: its added tokens are not a list of texts")
-    return added
-
-
-def read_settings(folder: Path) -> dict[str, Any]:
-    """The padding token and the context length, from whichever of the two settings files tells them."""
-    settings: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        stored = read_json(folder / name) if (folder / name).is_file() else {}
-        settings |= stored if isinstance(stored, dict) else {}
-    pad = settings.get("pad_token", END)
-    pad = pad.get("content", END) if isinstance(pad, dict) else pad
-    return checked_settings(folder, pad, settings.get("model_max_length", 77))
-
-
-def checked_settings(folder: Path | str, pad: Any, length: Any) -> dict[str, Any]:
-    if not isinstance(pad, str) or not isinstance(length, int) or not 2 < length < 1 << 16:
-        raise CheckpointError(f"{folder}: pad_token or model_max_length is impossible ({pad!r}, {length!r})")
-    return {"pad_token": pad, "context_length": length}
+    library = Tokenizer(
+        models.BPE(vocab=tokenizer.vocabulary, merges=tokenizer.merges, unk_token=END, end_of_word_suffix=END_OF_WORD)
+    )
+    library.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    cut = pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True)
+    library.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    library.add_special_tokens(list(dict.fromkeys((START, END, tokenizer.pad_token))))
+    library.add_tokens([AddedToken(token, normalized=True) for token in tokenizer.added])
+    return library

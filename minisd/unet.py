@@ -114,7 +114,7 @@ class Block(nn.Module):
         self.downsample, self.upsample = downsample, upsample
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor, size: tuple[int, int]) -> Tensor:
-        """(B, C, H, W) -> (B, C', H', W'). `size`: the height and width to upsample to, where there is an `upsample`."""
+        """(B, C, H, W) -> (B, C', H', W'). `size`: the height and width to upsample to, if there is an `upsample`."""
         if self.resnet is not None:
             x = self.resnet(x, time)
         if self.attention is not None:
@@ -153,7 +153,7 @@ def down_blocks(config: UNetConfig) -> Iterator[Block]:
 
 
 def middle_blocks(config: UNetConfig) -> Iterator[Block]:
-    """At the lowest resolution. The transformer is there even where the level has none: in SD 1.5, at 8x8, it is alone."""
+    """At the lowest resolution, with a transformer even where the level has none, as in SD 1.5."""
     width = config.widths[-1]
     yield Block(resnet=resnet(width, width, config), attention=SpatialTransformer(width, config))
     yield Block(resnet=resnet(width, width, config))

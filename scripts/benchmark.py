@@ -28,9 +28,8 @@ import torch
 from tqdm import tqdm
 
 import minisd
-from minisd.checkpoint.building import favour_channels_last
 from minisd.checkpoint.keymap import model_keys
-from minisd.checkpoint.reading import open_checkpoint
+from minisd.checkpoint.load import favour_channels_last, open_checkpoint
 from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import CLIPTokenizer
 from minisd.unet import UNet

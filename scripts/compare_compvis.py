@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml  # type: ignore[import-untyped]
+import yaml
 from torch import Tensor, nn
 
 from minisd import SD15, DDIMScheduler

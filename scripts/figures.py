@@ -165,7 +165,7 @@ def surgery(sd: StableDiffusion) -> Image.Image:
     """What the README's experiments on the weights do."""
     own = [sd.text_to_image(prompt, steps=20, guidance_scale=4.0, seed=4)[0] for prompt in ("cat face", "red heart")]
     with TemporaryDirectory() as folder:
-        made = run_section("Surgery", Path(folder))
+        made = run_section("minisd/lab/weights/README.md", "Surgery", Path(folder))
     labels = ["cat face", "a head silent", "red heart", "two blocks swapped", "a rounded VAE"]
     return contact_sheet([own[0], made["silent"], own[1], made["swapped"], made["rounded"]], labels, 5)
 

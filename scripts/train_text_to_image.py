@@ -34,6 +34,7 @@ from training import (
     save_checkpoint,
 )
 
+from minisd.checkpoint.load import load_tokenizer
 from minisd.config import SD15
 from minisd.pipeline import StableDiffusion
 from minisd.schedulers import DDPMScheduler
@@ -210,7 +211,7 @@ def main() -> None:
     arguments = read_arguments()
     run = arguments.out
     run.mkdir(parents=True, exist_ok=True)
-    vae, tokenizer = load_vae(arguments.vae), CLIPTokenizer.from_folder(arguments.tokenizer)
+    vae, tokenizer = load_vae(arguments.vae), load_tokenizer(arguments.tokenizer)
     variety = PLAIN if arguments.plain else FULL
 
     def show(average: Denoiser, step: int) -> None:

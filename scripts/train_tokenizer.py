@@ -22,6 +22,7 @@ from emoji_data import FULL, caption, draw_scene, fail, vocabulary
 from emoji_model import CONTEXT_LENGTH, VOCABULARY_SIZE
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
+from minisd.checkpoint.tokenizer_files import write_folder
 from minisd.tokenizer import END, WORDS, CLIPTokenizer, vocabulary_of
 
 COMMON = (
@@ -69,7 +70,8 @@ def main() -> None:
     vocabulary = vocabulary_of(merges)
     if len(vocabulary) != VOCABULARY_SIZE:
         sys.exit(fail(f"{len(vocabulary)} ids instead of {VOCABULARY_SIZE}: too few different words"))
-    CLIPTokenizer(vocabulary, merges, pad_token=END, context_length=CONTEXT_LENGTH).save(arguments.out)
+    tokenizer = CLIPTokenizer(vocabulary, merges, pad_token=END, context_length=CONTEXT_LENGTH)
+    write_folder(tokenizer, arguments.out)
     print(arguments.out)
 
 

@@ -24,12 +24,11 @@ from torch.utils.hooks import RemovableHandle
 
 from minisd.adapters import factors as paths
 from minisd.adapters.targets import COMPONENTS, Target, table, targets
-from minisd.checkpoint.errors import CheckpointError
-from minisd.checkpoint.files import Files, open_files
+from minisd.checkpoint.header import Files, open_files
 from minisd.checkpoint.naming import same_but_for_ones, stranger
-from minisd.checkpoint.textfiles import read_json_object
 from minisd.checkpoint.values import DTYPES, read_tensor
 from minisd.config import ModelConfig
+from minisd.files import CheckpointError, read_json_object
 
 SHOWN = 4  # layers of a kind that an error names
 MAX_ALPHA = 1_000_000  # people take 1 to a few hundred

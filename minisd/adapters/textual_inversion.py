@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minisd.checkpoint.errors import CheckpointError
-from minisd.checkpoint.files import Files, open_files
+from minisd.checkpoint.header import Files, open_files
 from minisd.checkpoint.naming import stranger
 from minisd.checkpoint.values import DTYPES, read_tensor
+from minisd.files import CheckpointError
 from minisd.tokenizer import END, START, CLIPTokenizer
 
 Words = Mapping[str, Tensor]  # a word -> its vectors (n, width)

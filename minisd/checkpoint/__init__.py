@@ -1,14 +1,15 @@
-"""The key-mapping layer: real checkpoint files <-> minisd's models.
+"""Weight files <-> minisd's modules.
 
-`keymap.py` is the table: one weight, three names. `header.py` and `files.py` read what files claim, `layouts.py` finds
-out which tensor is which weight, `configs.py` translates configurations, `sources.py` finds files, `reading.py` and
-`writing.py` move the values. `finding.py` and `lazy.py` are for looking: `minisd.checkpoint.open(path)`.
+`keymap.py` is the table: one weight, three names. `header.py` reads what a file claims, `naming.py` finds out which
+tensor is which weight, `infer.py` and `configs.py` get the configuration, `schedule.py` the noise schedule; `survey.py`
+puts them together: what a file is. `load.py` brings values into modules, `save.py` writes them. `hub.py` finds files.
+For looking at single weights there is `minisd.checkpoint.open(path)`, in `lazy.py`.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from minisd.checkpoint.errors import CheckpointError as CheckpointError
+from minisd.files import CheckpointError as CheckpointError
 
 if TYPE_CHECKING:
     from minisd.checkpoint.lazy import open as open

@@ -7,10 +7,10 @@ reported and ignored. This file needs the standard library only.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
-from minisd.checkpoint.errors import CheckpointError
 from minisd.config import SD15, TextEncoderConfig, UNetConfig, VAEConfig
+from minisd.files import CheckpointError, shown
 
 
 @dataclass(frozen=True)
@@ -146,11 +146,10 @@ def read_fields(table: Fields, config: Mapping[str, Any], where: str, notes: lis
         if name not in table.neutral:
             unknown.append(name)
         elif value != table.neutral[name] and not (value is None and table.neutral[name] is False):
-            raise CheckpointError(
-                f"{where}: {name}={value!r} is not supported: minisd does {table.neutral[name]!r} only"
-            )
+            stated = f"{shown(name)}={shown(repr(value))}"
+            raise CheckpointError(f"{where}: {stated} is not supported: minisd does {table.neutral[name]!r} only")
     if unknown:
-        notes.append(f"{where}: ignored fields that nobody knows: {', '.join(sorted(unknown)[:10])}")
+        notes.append(f"{where}: ignored fields that nobody knows: {', '.join(map(shown, sorted(unknown)[:10]))}")
     arguments = {}
     for name, (ours, default) in table.used.items():
         value = config.get(name, default)
@@ -158,11 +157,16 @@ def read_fields(table: Fields, config: Mapping[str, Any], where: str, notes: lis
     return arguments
 
 
-def build(kind: Callable[..., Any], arguments: dict[str, Any], where: str) -> Any:
+Config = TypeVar("Config")
+
+
+def build(kind: Callable[..., Config], arguments: dict[str, Any], where: str) -> Config:
     """Make the dataclass, with every number in a possible range."""
     for name, value in arguments.items():
         if isinstance(value, list) and name in ("widths", "attention"):
-            arguments[name] = value = tuple(value)
+            arguments[name] = value = tuple(value[: MAX_LEVELS + 1])
+            if len(value) > MAX_LEVELS:
+                raise CheckpointError(f"{where}: {name} has more than {MAX_LEVELS} levels")
         for number in value if isinstance(value, tuple) and value else (value,):
             check_number(where, name, number)
     for name in {field.name for field in fields(kind)} & {"norm_groups", "heads"}:  # type: ignore[arg-type]
@@ -170,15 +174,20 @@ def build(kind: Callable[..., Any], arguments: dict[str, Any], where: str) -> An
     return kind(**arguments)
 
 
-MAX_INT = 1 << 20  # no width, depth or vocabulary of this family comes near
+MAX_INT = 1 << 20  # no width or vocabulary of this family comes near
+MAX_LEVELS = 8  # resolutions, and resnets at each: twice what any Stable Diffusion has
+MAX_LAYERS = 128  # of a text encoder: four times the largest CLIP's. The key table grows with depth
+MOST = {"layers": MAX_LAYERS, "resnets_per_level": MAX_LEVELS}
 
 
 def check_number(where: str, name: str, value: Any) -> None:
     """Sizes are small positive integers, epsilons and the scaling factor positive and finite, activations known."""
-    wrong = CheckpointError(f"{where}: {name}={value!r} is impossible")
+    wrong = CheckpointError(f"{where}: {name}={shown(repr(value))} is impossible")
     if name == "activation":
         if value not in ("silu", "gelu", "quick_gelu"):
-            raise CheckpointError(f"{where}: activation {value!r} is not supported: silu, gelu and quick_gelu are")
+            raise CheckpointError(
+                f"{where}: activation {shown(repr(value))} is not supported: silu, gelu and quick_gelu are"
+            )
     elif name == "attention":
         if not isinstance(value, bool):
             raise wrong
@@ -187,8 +196,8 @@ def check_number(where: str, name: str, value: Any) -> None:
             raise wrong
     elif name == "downsample_padding":
         if isinstance(value, bool) or value not in (0, 1):
-            raise CheckpointError(f"{where}: downsample_padding={value!r} is not supported: 0 and 1 are")
-    elif isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= MAX_INT:
+            raise CheckpointError(f"{where}: downsample_padding={shown(repr(value))} is not supported: 0 and 1 are")
+    elif isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= MOST.get(name, MAX_INT):
         raise wrong
 
 
@@ -207,25 +216,29 @@ def read_unet(config: Mapping[str, Any], where: str, notes: list[str]) -> UNetCo
         if isinstance(value, list) and value and all(item == value[0] for item in value):
             arguments[name] = value[0]
         elif isinstance(value, list):
-            raise CheckpointError(f"{where}: {name} differs between levels ({value}), which minisd does not support")
+            raise CheckpointError(
+                f"{where}: {name} differs between levels ({shown(value)}), which minisd does not support"
+            )
     down = config.get("down_block_types", ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"])
     up = config.get("up_block_types", ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3)
     known = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
     check_levels(where, arguments["widths"], down)
     for block in down:
         if not isinstance(block, str) or block not in known:
-            raise CheckpointError(f"{where}: the block type {block!r} is not supported")
+            raise CheckpointError(f"{where}: the block type {shown(repr(block))} is not supported")
     arguments["attention"] = [known[block] for block in down]
     mirrored = ["CrossAttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(arguments["attention"])]
     if up != mirrored:
-        raise CheckpointError(f"{where}: up_block_types {up} do not mirror down_block_types {down}")
+        raise CheckpointError(f"{where}: up_block_types {shown(up)} do not mirror down_block_types {shown(down)}")
     arguments |= HARD_CODED["unet"]
     return build(UNetConfig, arguments, where)
 
 
 def check_levels(where: str, widths: object, blocks: object) -> None:
     if not isinstance(widths, list | tuple) or not isinstance(blocks, list) or len(widths) != len(blocks):
-        raise CheckpointError(f"{where}: block_out_channels {widths} and the block types {blocks} disagree")
+        raise CheckpointError(
+            f"{where}: block_out_channels {shown(widths)} and the block types {shown(blocks)} disagree"
+        )
 
 
 def read_vae(config: Mapping[str, Any], where: str, notes: list[str]) -> VAEConfig:
@@ -234,7 +247,7 @@ def read_vae(config: Mapping[str, Any], where: str, notes: list[str]) -> VAEConf
     for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
         blocks = config.get(name, [kind])
         if not isinstance(blocks, list) or any(block != kind for block in blocks):
-            raise CheckpointError(f"{where}: {name} {blocks} is not supported: a list of {kind} is")
+            raise CheckpointError(f"{where}: {name} {shown(blocks)} is not supported: a list of {kind} is")
         check_levels(where, arguments["widths"], blocks)
     arguments |= HARD_CODED["vae"]
     return build(VAEConfig, arguments, where)

@@ -2,20 +2,20 @@
 
 A file is 8 bytes of length (little-endian), that many bytes of JSON, then the tensors' bytes without gaps
 (https://github.com/huggingface/safetensors#format). Files come from the internet, so every claim is checked against
-the file's size before anything is allocated. This file needs the standard library only.
+the file's size before anything is allocated. A large component may stand in several files, shards, with an index that
+names them. This file needs the standard library only. Next: `naming.py`.
 """
 
 import json
 import os
-import stat
 import struct
 from collections import Counter
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from minisd.checkpoint.errors import CheckpointError
+from minisd.files import CheckpointError, check_regular, read_json_object, shown
 
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
 MAX_AXES = 64  # torch's limit; the product of a million sizes would take minutes
@@ -65,18 +65,10 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     safetensors file.
     """
     path = Path(path)
-    try:
-        mode = path.stat().st_mode
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    if not stat.S_ISREG(mode):
-        kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
-        raise CheckpointError(f"{path}: is {kind}, where a safetensors file was expected")
+    size = check_regular(path, "a safetensors file")
     try:
         with path.open("rb") as file:
-            return parse_header(path, file.read(8), file, path.stat().st_size)
+            return parse_header(path, file.read(8), file, size)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
 
@@ -108,14 +100,14 @@ def parse_header(path: Path, first: bytes, file: BinaryIO, size: int) -> Header:
     return Header(path, tensors, metadata)
 
 
-def parse_json(path: Path, text: bytes) -> dict:
+def parse_json(path: Path, text: bytes) -> dict[str, Any]:
     """The header's JSON object. A name that appears twice is an error: one of the two would be lost."""
 
-    def no_twins(pairs: list[tuple[str, object]]) -> dict:
+    def no_twins(pairs: list[tuple[str, object]]) -> dict[str, object]:
         entries = dict(pairs)
         if len(entries) != len(pairs):
             (twin, _), *_ = Counter(name for name, _ in pairs).most_common(1)
-            raise CheckpointError(f"{path}: broken header: the name {twin!r} appears twice")
+            raise CheckpointError(f"{path}: broken header: the name '{shown(twin)}' appears twice")
         return entries
 
     try:
@@ -135,12 +127,12 @@ def is_count(value: object) -> bool:
 
 def parse_entry(path: Path, name: str, entry: object, data_start: int) -> TensorInfo:
     """One tensor's entry, with its size checked against its dtype and shape."""
-    broken = f"{path}: broken header: tensor {name!r}"
+    broken = f"{path}: broken header: tensor '{shown(name)}'"
     if not isinstance(entry, dict):
         raise CheckpointError(f"{broken} has no description")
     dtype, shape, offsets = (entry.get(field) for field in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise CheckpointError(f"{broken} has the unknown dtype {str(dtype)[:40]!r}")
+        raise CheckpointError(f"{broken} has the unknown dtype '{shown(dtype, 40)}'")
     if not isinstance(shape, list) or len(shape) > MAX_AXES or not all(is_count(n) for n in shape):
         raise CheckpointError(f"{broken} has no valid shape")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(is_count(n) for n in offsets):
@@ -159,14 +151,56 @@ def check_coverage(path: Path, tensors: dict[str, TensorInfo], start: int, size:
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         if info.end > size:
             raise CheckpointError(
-                f"{path}: is truncated: tensor {name!r} ends at byte {info.end:,}, the file at {size:,}; "
+                f"{path}: is truncated: tensor '{shown(name)}' ends at byte {info.end:,}, the file at {size:,}; "
                 "download it again"
             )
         if info.start != position:
             kind = "overlap" if info.start < position else "leave a hole"
-            raise CheckpointError(f"{path}: broken header: the data offsets {kind} at tensor {name!r}")
+            raise CheckpointError(f"{path}: broken header: the data offsets {kind} at tensor '{shown(name)}'")
         position = info.end
     if position != size:
         raise CheckpointError(
             f"{path}: has {size - position:,} bytes after its last tensor: it is not what its header says"
         )
+
+
+# ---- several files that together are one ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Files:
+    """One file, or shards that together are one file: every tensor's header entry and where it is."""
+
+    path: Path  # what to call it in messages
+    tensors: dict[str, TensorInfo]
+    location: dict[str, Path]
+    metadata: dict[str, str]
+
+
+def open_files(paths: list[Path], name: Path) -> Files:
+    """Read the headers of one file or of all shards."""
+    tensors: dict[str, TensorInfo] = {}
+    location: dict[str, Path] = {}
+    metadata: dict[str, str] = {}
+    for path in paths:
+        header = read_header(path)
+        for twin in header.tensors.keys() & tensors.keys():
+            raise CheckpointError(f"{name}: the tensor '{shown(twin)}' is in two shards")
+        tensors |= header.tensors
+        location |= dict.fromkeys(header.tensors, path)
+        metadata |= header.metadata
+    return Files(name, tensors, location, metadata)
+
+
+def shard_paths(index: Path) -> list[Path]:
+    """The shards that an index names: files in its own folder, nowhere else."""
+    table = read_json_object(index).get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
+        raise CheckpointError(f"{index}: has no weight_map")
+    names = sorted(set(table.values()))
+    for name in names:
+        if Path(name).name != name:
+            raise CheckpointError(f"{index}: names the shard '{shown(name)}', which is outside its folder")
+        if not (index.parent / name).is_file():
+            raise CheckpointError(f"{index}: names the shard '{shown(name)}', which is missing")
+    return [index.parent / name for name in names]

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from minisd.checkpoint.errors import CheckpointError
+from minisd.files import CheckpointError
 
 SD15_REPOSITORY = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 

@@ -1,6 +1,6 @@
 """One weight, three names: minisd | diffusers | CompVis.
 
-Parts say once what is inside a block and how each of the three calls it. A short walk through the architecture then
+Parts say once what is inside a block and how each of the three calls it. A traversal of the architecture then
 puts the parts in their places. For Stable Diffusion 1.5 that expands to 1,130 names (UNet 686, VAE 248, text encoder
 196), one to one in all three columns; other widths and depths of the family expand the same way. Names are expanded,
 never matched: there is no pattern, no replacement and no order to respect. Writing a file is the same lookup backwards.
@@ -178,7 +178,7 @@ def place(block: list[Part], minisd: str, diffusers: str, compvis: str, **sizes:
 
 
 def unet_keys(config: UNetConfig) -> Iterator[Key]:
-    """Walk the UNet: its ends, down, middle, up."""
+    """The whole UNet: time embedding and end layers, down, middle, up."""
     ends = {
         "in": config.in_channels,
         "out": config.out_channels,
@@ -191,7 +191,7 @@ def unet_keys(config: UNetConfig) -> Iterator[Key]:
     yield from unet_up(config)
 
 
-def station(
+def unet_block(
     config: UNetConfig, here: str, folder: str, index: int, compvis: str, i: int, o: int, attention: bool
 ) -> Iterator[Key]:
     """A resnet from width i to o, and the transformer that may follow it."""
@@ -203,13 +203,13 @@ def station(
 
 
 def unet_down(config: UNetConfig) -> Iterator[Key]:
-    """The way down. CompVis counts `conv_in` among the blocks, so its numbers are one ahead."""
+    """The down blocks. CompVis counts `conv_in` among the blocks, so its numbers are one ahead."""
     block, width = 0, config.widths[0]
     for level, level_width in enumerate(config.widths):
         folder, attention = f"down_blocks.{level}", config.attention[level]
         for index in range(config.resnets_per_level):
             here, compvis = f"down.{block}", f"input_blocks.{block + 1}"
-            yield from station(config, here, folder, index, compvis, width, level_width, attention)
+            yield from unet_block(config, here, folder, index, compvis, width, level_width, attention)
             block, width = block + 1, level_width
         if level < len(config.widths) - 1:
             here, compvis = f"down.{block}.downsample.", f"input_blocks.{block + 1}.0."
@@ -218,21 +218,21 @@ def unet_down(config: UNetConfig) -> Iterator[Key]:
 
 
 def unet_middle(config: UNetConfig) -> Iterator[Key]:
-    """The middle: a resnet with a transformer, and a resnet."""
+    """The middle block: a resnet with a transformer, and a resnet."""
     width = config.widths[-1]
-    yield from station(config, "middle.0", "mid_block", 0, "middle_block", width, width, True)
+    yield from unet_block(config, "middle.0", "mid_block", 0, "middle_block", width, width, True)
     names = "middle.1.resnet.", "mid_block.resnets.1.", "middle_block.2."
     yield from place(UNET_RESNET, *names, i=width, o=width, time=config.time_width)
 
 
 def unet_up(config: UNetConfig) -> Iterator[Key]:
-    """The way up. Each block takes what came from below together with a skip."""
+    """The up blocks. Each takes the previous output and a skip connection, concatenated along the channels."""
     block, width, skips = 0, config.widths[-1], config.skip_widths
     for level, level_width in reversed(list(enumerate(config.widths))):
         folder, attention = f"up_blocks.{len(config.widths) - 1 - level}", config.attention[level]
         for index in range(config.resnets_per_level + 1):
             here, compvis = f"up.{block}", f"output_blocks.{block}"
-            yield from station(config, here, folder, index, compvis, width + skips.pop(), level_width, attention)
+            yield from unet_block(config, here, folder, index, compvis, width + skips.pop(), level_width, attention)
             block, width = block + 1, level_width
         if level > 0:  # CompVis puts it behind the transformer, or behind the resnet where there is none
             compvis = f"{compvis}.{2 if attention else 1}."
@@ -240,7 +240,7 @@ def unet_up(config: UNetConfig) -> Iterator[Key]:
 
 
 def vae_keys(config: VAEConfig) -> Iterator[Key]:
-    """Walk the autoencoder: its ends, the encoder, the decoder."""
+    """The whole autoencoder: end layers, encoder, decoder."""
     channels, widths = config.latent_channels, config.widths
     sizes = {"image": config.image_channels, "latent": channels, "moments": 2 * channels}
     yield from place(VAE_ENDS, "", "", "", first=widths[0], last=widths[-1], **sizes)
@@ -259,7 +259,7 @@ def vae_middle(config: VAEConfig, half: str) -> Iterator[Key]:
 
 
 def vae_encoder(config: VAEConfig) -> Iterator[Key]:
-    """The encoder's way down."""
+    """The encoder's down blocks."""
     block, width = 0, config.widths[0]
     for level, level_width in enumerate(config.widths):
         here, there = f"encoder.down_blocks.{level}", f"encoder.down.{level}"
@@ -274,7 +274,7 @@ def vae_encoder(config: VAEConfig) -> Iterator[Key]:
 
 
 def vae_decoder(config: VAEConfig) -> Iterator[Key]:
-    """The decoder's way up. CompVis numbers its levels by resolution, so they come in reverse."""
+    """The decoder's up blocks. CompVis numbers its levels by resolution, so they come in reverse."""
     block, width = 0, config.widths[-1]
     for level, level_width in reversed(list(enumerate(config.widths))):
         here, there = f"decoder.up_blocks.{len(config.widths) - 1 - level}", f"decoder.up.{level}"
@@ -289,7 +289,7 @@ def vae_decoder(config: VAEConfig) -> Iterator[Key]:
 
 
 def text_encoder_keys(config: TextEncoderConfig) -> Iterator[Key]:
-    """Walk the text encoder. CompVis kept the names that transformers gave."""
+    """The whole text encoder. CompVis kept the names that transformers gave."""
     sizes = {"vocabulary": config.vocabulary, "positions": config.context_length}
     yield from place(TEXT_ENDS, "", "", "", c=config.width, **sizes)
     for layer in range(config.layers):

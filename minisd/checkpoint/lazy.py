@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minisd.checkpoint.finding import Found, find
 from minisd.checkpoint.keymap import COMPVIS_PREFIX
+from minisd.checkpoint.survey import Part, find
 from minisd.checkpoint.values import Values
 
 
@@ -62,7 +62,7 @@ class Weights(Mapping[str, Weight]):
     weight is called so.
     """
 
-    def __init__(self, found: Iterable[Found]) -> None:
+    def __init__(self, found: Iterable[Part]) -> None:
         self._weights: dict[str, Weight] = {}
         self._names: dict[str, list[str]] = {}  # any name -> minisd's
         for one in found:

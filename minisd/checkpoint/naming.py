@@ -2,25 +2,26 @@
 
 A checkpoint is one file or several (shards, or the folders of diffusers' layout). Each component in it is found by the
 overlap of its names with the key table, never by one magic key: people add prefixes, drop prefixes, and keep old names.
-This file needs the standard library only. Next: `reading.py`.
+This file needs the standard library only. Next: `infer.py`.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import product
 from math import prod
+from typing import Any
 
-from minisd.checkpoint.errors import CheckpointError
 from minisd.checkpoint.header import TensorInfo
 from minisd.checkpoint.keymap import Key, ema_name, model_keys
-from minisd.config import SD15, TextEncoderConfig, UNetConfig, VAEConfig
+from minisd.config import SD15
+from minisd.files import CheckpointError, shown
 
 Tensors = Mapping[str, TensorInfo]
 
 TITLES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder"}  # the components, for people
 
-# Where components have been seen in the wild. The first entry of each is canonical.
+# The prefixes that files in circulation have. The first entry of each is canonical.
 PREFIXES = {
     ("unet", "diffusers"): ("", "unet."),
     ("unet", "compvis"): ("model.diffusion_model.", "diffusion_model.", ""),
@@ -40,8 +41,6 @@ PREFIXES = {
 WRAPPERS = ("", "module.", "_orig_mod.", "model.")
 
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # what weights can be
-
-MAX_DEPTH = 8  # levels, and resnets a level: twice what any Stable Diffusion has
 
 TEXT_PREFIX = "text_model."  # dropped by NovelAI-style files and by transformers 5.6 and later
 
@@ -120,7 +119,7 @@ IGNORABLE: tuple[tuple[str, str, frozenset[str]], ...] = tuple(
             "the rest of CLIP",
             "Stable Diffusion uses the hidden states only",
             "cond_stage_model.logit_scale cond_stage_model.text_projection logit_scale text_projection.weight "
-            "cond_stage_model.transformer.text_projection.weight",
+            "cond_stage_model.transformer.text_projection.weight vision_model. visual_projection.weight",
         ),
         ("ControlNet", "a model of its own", "control_model."),
         ("LoRA", "a change to the weights that is not applied", "lora_te_ lora_unet_"),
@@ -131,13 +130,18 @@ IGNORABLE: tuple[tuple[str, str, frozenset[str]], ...] = tuple(
 )
 
 
+LABELS = {member: label for label, _, members in IGNORABLE for member in members}
+BEGINNINGS = tuple(member for member in LABELS if member[-1] in "._")
+
+
 def ignorable(name: str) -> str | None:
     """The class of leftovers that `name` belongs to, or None."""
     for wrapper in WRAPPERS:
         bare = name.removeprefix(wrapper)
-        for label, _, members in IGNORABLE:
-            if bare in members or any(bare.startswith(m) for m in members if m[-1] in "._"):
-                return label
+        if bare in LABELS:
+            return LABELS[bare]
+        if bare.startswith(BEGINNINGS):  # all at once: a file may have a million names
+            return next(LABELS[beginning] for beginning in BEGINNINGS if bare.startswith(beginning))
     if name.endswith((".scale_input", ".input_scale")):
         return "8-bit settings"
     return "position ids" if name.endswith("embeddings.position_ids") else None
@@ -189,13 +193,14 @@ def stranger(tensors: Tensors) -> str | None:
     """What else the file is, if it is not Stable Diffusion 1.x: a name for people, or None."""
     if tensors and sum(map(is_lora, tensors)) > len(tensors) // 3:
         return LORA
-    has_unet = bool(namings("unet", tensors))
     if is_embedding(tensors):
         return EMBEDDING
     for label, marks in STRANGERS:
-        small_part = label.startswith("a ControlNet") and has_unet
-        if not small_part and any(name.startswith(tuple(marks.split())) for name in tensors):
+        marked = any(name.startswith(tuple(marks.split())) for name in tensors)
+        if marked and not (label.startswith("a ControlNet") and namings("unet", tensors)):  # in a model, a leftover
             return label
+    if not any("attn2.to_k" in name or "attn2to_k" in name for name in tensors):
+        return None
     for naming in namings("unet", tensors).values():
         to_k = shape_of(tensors, naming, "down.0.attention.cross_attn.k.weight")
         if to_k and to_k[1] == 1024:
@@ -209,97 +214,6 @@ def shape_of(tensors: Tensors, naming: Naming, minisd_name: str) -> tuple[int, .
     """The shape that the file gives to the weight that minisd calls so, or None."""
     key = sd15_keys(naming.component)[minisd_name]
     return next((tensors[name].shape for name in naming.names(key) if name in tensors), None)
-
-
-def infer_unet(tensors: Tensors, naming: Naming) -> UNetConfig:
-    """The UNet's configuration out of its shapes. Heads and norm groups leave no trace there: SD 1.x has 8 and 32."""
-    widths, attention, resnets = unet_levels(tensors, naming)
-    conv_in, conv_out = (shape_of(tensors, naming, name) for name in ("conv_in.weight", "conv_out.weight"))
-    to_k = shape_of(tensors, naming, "middle.0.attention.cross_attn.k.weight")
-    if not widths or conv_in is None or conv_out is None or to_k is None or len(conv_in) != 4 or len(to_k) != 2:
-        raise CheckpointError("the UNet is incomplete: its first or middle layers are missing")
-    return replace(
-        SD15.unet,
-        in_channels=conv_in[1],
-        out_channels=conv_out[0],
-        widths=tuple(widths),
-        attention=tuple(attention),
-        resnets_per_level=resnets,
-        context_width=to_k[1],
-    )
-
-
-def unet_levels(tensors: Tensors, naming: Naming) -> tuple[list[int], list[bool], int]:
-    """Walk down the file's UNet as far as it goes: the width and attention of each level, and its resnets."""
-    diffusers = naming.column == "diffusers"
-
-    def find(name: str) -> TensorInfo | None:
-        return tensors.get(naming.prefix + (ema_name(name) if naming.column == "ema" else name))
-
-    widths: list[int] = []
-    attention: list[bool] = []
-    resnets, block = 0, 1
-    for level in range(MAX_DEPTH):
-        for index in range(MAX_DEPTH):
-            at = f"down_blocks.{level}.resnets.{index}.conv1" if diffusers else f"input_blocks.{block}.0.in_layers.2"
-            norm = f"down_blocks.{level}.attentions.{index}.norm" if diffusers else f"input_blocks.{block}.1.norm"
-            conv = find(f"{at}.weight")
-            if conv is None:
-                break
-            if index == 0:
-                widths.append(conv.shape[0])
-                attention.append(find(f"{norm}.weight") is not None)
-            resnets, block = index + 1, block + 1
-        if len(widths) == level:
-            break
-        block += 1  # CompVis counts the downsampling too
-    return widths, attention, resnets
-
-
-def infer_vae(tensors: Tensors, naming: Naming) -> VAEConfig:
-    """The autoencoder's configuration out of its shapes. Norm groups and the scaling factor are SD 1.x's."""
-    here = "encoder.down_blocks.{}.resnets.{}" if naming.column == "diffusers" else "encoder.down.{}.block.{}"
-    widths: list[int] = []
-    resnets = 0
-    for level in range(MAX_DEPTH):
-        conv = tensors.get(f"{naming.prefix}{here.format(level, 0)}.conv1.weight")
-        if conv is None:
-            break
-        widths.append(conv.shape[0])
-    while f"{naming.prefix}{here.format(0, resnets)}.conv1.weight" in tensors and resnets < MAX_DEPTH:
-        resnets += 1
-    conv_in = shape_of(tensors, naming, "encoder.conv_in.weight")
-    latent = shape_of(tensors, naming, "decoder.conv_in.weight")
-    if not widths or conv_in is None or latent is None or len(conv_in) != 4 or len(latent) != 4:
-        raise CheckpointError("the VAE is incomplete: its first layers are missing")
-    return replace(
-        SD15.vae, image_channels=conv_in[1], latent_channels=latent[1], widths=tuple(widths), resnets_per_level=resnets
-    )
-
-
-def infer_text_encoder(tensors: Tensors, naming: Naming) -> TextEncoderConfig:
-    """The text encoder's configuration out of its shapes. All CLIP text encoders of SD 1.x have heads of 64."""
-    tokens = shape_of(tensors, naming, "token_embedding.weight")
-    positions = shape_of(tensors, naming, "position_embedding.weight")
-    hidden = shape_of(tensors, naming, "layers.0.feed_forward.expand.weight")
-    layers = 0
-    middle = "" if naming.bare_text else TEXT_PREFIX
-    while f"{naming.prefix}{middle}encoder.layers.{layers}.layer_norm1.weight" in tensors and layers < 1000:
-        layers += 1
-    if not (tokens and positions and hidden) or not len(tokens) == len(positions) == len(hidden) == 2 or not layers:
-        raise CheckpointError("the text encoder is incomplete: its embeddings or first layer are missing")
-    return replace(
-        SD15.text_encoder,
-        vocabulary=tokens[0],
-        width=tokens[1],
-        heads=max(1, tokens[1] // 64),
-        layers=layers,
-        context_length=positions[0],
-        hidden_width=hidden[0],
-    )
-
-
-INFER = {"unet": infer_unet, "vae": infer_vae, "text_encoder": infer_text_encoder}
 
 
 @dataclass(frozen=True)
@@ -361,37 +275,50 @@ def scales_rows(scale: TensorInfo, shape: tuple[int, ...]) -> bool:
     return scale.dtype in ("F32", "F16", "BF16", "F64") and prod(scale.shape) in rows and prod(scale.shape[1:]) == 1
 
 
+@dataclass
 class Problems:
     """Everything that keeps a checkpoint from loading, told together and shortly."""
 
-    def __init__(self) -> None:
-        self.missing: list[tuple[str, str]] = []
-        self.unexpected: list[str] = []
-        self.shape: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
-        self.twice: list[tuple[str, str]] = []
-        self.dtype: list[tuple[str, str]] = []
-        self.scale: list[tuple[str, tuple[int, ...], str]] = []  # the last is the weight's name
+    missing: list[tuple[str, str]] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    shape: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+    twice: list[tuple[str, str]] = field(default_factory=list)
+    dtype: list[tuple[str, str]] = field(default_factory=list)
+    scale: list[tuple[str, tuple[int, ...], str]] = field(default_factory=list)  # the last is the weight's name
+
+    def add(self, other: "Problems") -> None:
+        """Take the other's problems in."""
+        for name, rows in vars(self).items():
+            rows.extend(getattr(other, name))
+
+    @property
+    def names(self) -> set[str]:
+        """The file's names of all that is there, but wrong."""
+        names = [row[0] for row in self.shape] + [row[0] for row in self.dtype] + [row[0] for row in self.scale]
+        return {*names, *(row[2] for row in self.scale), *(name for row in self.twice for name in row)}
 
     def raise_for(self, where: str) -> None:
         """Raise CheckpointError if there is any problem: a few of each kind, with how many there are in all."""
-        lists = (
-            ("missing", [f"{name}  (minisd: {ours})" for name, ours in self.missing]),
-            ("unexpected", self.unexpected),
+        kinds: tuple[tuple[str, Sequence[Any], Callable[[Any], str]], ...] = (
+            ("missing", self.missing, lambda row: f"{row[0]}  (minisd: {row[1]})"),
+            ("unexpected", self.unexpected, shown),
             (
                 "of another shape",
-                [f"{name}: {list(got)} in the file, {list(want)} in the model" for name, got, want in self.shape],
+                self.shape,
+                lambda row: f"{row[0]}: {list(row[1])} in the file, {list(row[2])} in the model",
             ),
-            ("there under two names", [f"{one} and {other}" for one, other in self.twice]),
-            ("in a dtype that is not floating point", [f"{name}: {dtype}" for name, dtype in self.dtype]),
+            ("there under two names", self.twice, " and ".join),
+            ("in a dtype that is not floating point", self.dtype, ": ".join),
             (
                 "with a scale that minisd does not understand",
-                [f"{name} {list(shape)} (known: one number, or one a row)" for name, shape, _ in self.scale],
+                self.scale,
+                lambda row: f"{row[0]} {list(row[1])} (known: one number, or one a row)",
             ),
         )
-        counts = [f"{len(rows):,} tensor{'s' * (len(rows) > 1)} {kind}" for kind, rows in lists if rows]
+        counts = [f"{len(rows):,} tensor{'s' * (len(rows) > 1)} {kind}" for kind, rows, _ in kinds if rows]
         lines = [f"{where}: {', '.join(counts)}"]
-        for kind, rows in lists:
-            lines += [f"  {kind}: {row}" for row in rows[:4]]
+        for kind, rows, words in kinds:
+            lines += [f"  {kind}: {words(row)}" for row in rows[:4]]
             lines += [f"  {kind}: and {len(rows) - 4:,} more"] if len(rows) > 4 else []
         if len(lines) > 1:
             raise CheckpointError("\n".join(lines))

@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minisd.checkpoint import configs
+from minisd.checkpoint import configs, tokenizer_files
 from minisd.checkpoint.hub import GENERATION_CONFIG, STEMS, single_name
 from minisd.checkpoint.keymap import COMPONENTS, COMPVIS_PREFIX, model_keys
-from minisd.config import ModelConfig
-from minisd.tokenizer import END, START, CLIPTokenizer
+from minisd.config import END, START, ModelConfig
+from minisd.tokenizer import CLIPTokenizer
 
 # What diffusers calls the classes of each folder, in model_index.json.
 MODEL_INDEX = {
@@ -138,7 +138,7 @@ def save(model: Model, path: str | os.PathLike[str], *, layout: str, dtype: torc
         into_place(destination, lambda folder: write_folder(model, folder, dtype))
     elif layout == "compvis":
         check_replaceable(destination, file=True)
-        into_place(destination, lambda file: write_single_file(model, file, dtype))
+        into_place(destination, lambda file: write_single_file(model, file, dtype, destination.stem))
     else:
         raise ValueError(f"layout={layout!r}: must be 'diffusers' or 'compvis'")
 
@@ -163,20 +163,21 @@ def write_settings(folder: Path, config: ModelConfig, tokenizer: CLIPTokenizer, 
             stored |= {name: tokenizer.vocabulary[token] for name, token in ends.items()}
         write_json(folder / component / "config.json", stored)
     write_json(folder / "scheduler" / "scheduler_config.json", {"_class_name": "DDIMScheduler", **config.scheduler})
-    tokenizer.save(folder / "tokenizer")
+    tokenizer_files.write_folder(tokenizer, folder / "tokenizer")
     if generation:
         write_json(folder / GENERATION_CONFIG, generation)
     write_json(folder / "model_index.json", MODEL_INDEX)
 
 
-def write_single_file(model: Model, file: Path, dtype: torch.dtype | None) -> None:
+def write_single_file(model: Model, file: Path, dtype: torch.dtype | None, title: str) -> None:
     """CompVis' layout: one file."""
     tensors = {
         COMPVIS_PREFIX[component] + key.compvis: plain(model.states[component][key.minisd], key.compvis_shape, dtype)
         for component, keys in model_keys(model.config).items()
         for key in keys
     }
-    write_tensors(file, tensors, settings_as_metadata(model.config, model.tokenizer, model.generation))
+    settings = settings_as_metadata(model.config, model.tokenizer, model.generation)
+    write_tensors(file, tensors, modelspec_of(model.config, title) | settings)
 
 
 def settings_as_metadata(
@@ -187,7 +188,32 @@ def settings_as_metadata(
     stored["scheduler"] = dict(config.scheduler)
     metadata = {"minisd.config": json.dumps(stored)}
     if tokenizer.vocabulary != CLIPTokenizer.clip().vocabulary:
-        metadata["minisd.tokenizer"] = tokenizer.to_json()
+        metadata["minisd.tokenizer"] = tokenizer_files.to_json(tokenizer)
     if generation:
         metadata["minisd.generation"] = json.dumps(dict(generation))
     return metadata
+
+
+ARCHITECTURE = "stable-diffusion-v1"
+
+
+def modelspec(title: str, prediction: str, size: int, kind: str = "") -> dict[str, str]:
+    """The metadata by which other programs recognise a model (https://github.com/Stability-AI/ModelSpec).
+
+    `prediction`: diffusers' prediction_type; `size`: the resolution in pixels; `kind`: "/lora" for a LoRA. There is no
+    date: the same model written twice is the same file.
+    """
+    return {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": ARCHITECTURE + kind,
+        "modelspec.implementation": "https://github.com/CompVis/ldm",
+        "modelspec.title": title,
+        "modelspec.prediction_type": "v" if prediction == "v_prediction" else prediction,
+        "modelspec.resolution": f"{size}x{size}",
+    }
+
+
+def modelspec_of(config: ModelConfig, title: str) -> dict[str, str]:
+    """`modelspec` of a whole model."""
+    size = config.unet.sample_size * config.vae.downsampling
+    return modelspec(title, str(config.scheduler.get("prediction_type", "epsilon")), size)

@@ -13,9 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from minisd.checkpoint.errors import CheckpointError
-from minisd.checkpoint.files import Files
+from minisd.checkpoint.header import Files
 from minisd.checkpoint.naming import Match
+from minisd.files import CheckpointError
 
 DTYPES = {
     "F64": torch.float64,
@@ -39,7 +39,8 @@ def memory_mapped(path: Path) -> Any:
 
 def read_tensor(files: Files, name: str) -> Tensor:
     with memory_mapped(files.location[name]) as file:
-        return file.get_tensor(name)
+        tensor: Tensor = file.get_tensor(name)
+        return tensor
 
 
 class Values(Mapping[str, Tensor]):
@@ -95,7 +96,8 @@ class Values(Mapping[str, Tensor]):
         path = self.files.location[source]
         if path not in self._opened:
             self._opened[path] = memory_mapped(path)
-        return self._opened[path].get_tensor(source)
+        tensor: Tensor = self._opened[path].get_tensor(source)
+        return tensor
 
     def _scaled(self, name: str, values: Tensor, rows: slice) -> Tensor:
         if values.dtype in EIGHT_BITS:

@@ -15,7 +15,7 @@ import click
 from PIL import Image, PngImagePlugin
 
 import minisd
-from minisd.checkpoint.textfiles import write_whole
+from minisd.files import write_whole
 
 
 @dataclass

@@ -84,8 +84,8 @@ def invert(prompt: str, image: str, plain: bool, **options: Any) -> None:
     """Find the noise that generates PICTURE under PROMPT; write it, and the picture that comes back from it."""
     from safetensors.torch import save
 
-    from minisd.checkpoint.textfiles import write_whole
     from minisd.cli.output import check_no_folder, parameters
+    from minisd.files import write_whole
     from minisd.pipeline import to_pictures
     from minisd.tasks.inversion import invert, round_trip
 
@@ -148,7 +148,7 @@ def schedule(
 
     As text in the terminal, or with -o as a picture.
     """
-    from minisd.checkpoint.reading import open_checkpoint
+    from minisd.checkpoint.load import open_checkpoint
     from minisd.cli.output import png_path, report, write_picture
     from minisd.tasks.schedule import as_picture, as_text, make_scheduler, read_changes, visited
 

@@ -150,7 +150,7 @@ def judged(a: str | None, b: str | None, demo: str | None, case: dict[str, Any],
 def written(verdict: Any, evidence: Any, html: str | None, save: str | None, sides: Any, demo: str | None) -> Any:
     """Write the report and the bundle that were asked for; their paths."""
     if html is not None:
-        from minisd.checkpoint.textfiles import write_whole
+        from minisd.files import write_whole
         from minisd.lab.parity.report import report
 
         write_whole(Path(html), report(verdict, evidence).encode())
@@ -254,7 +254,7 @@ def config_of(model: str) -> Any:
     """A model's configuration, from its headers."""
     import torch
 
-    from minisd.checkpoint.reading import open_checkpoint
+    from minisd.checkpoint.load import open_checkpoint
 
     return open_checkpoint(model, dtype=torch.float32).config
 

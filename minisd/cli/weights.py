@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from minisd.checkpoint.textfiles import write_whole
 from minisd.cli.options import text_and_number
+from minisd.files import write_whole
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 if TYPE_CHECKING:
     from minisd.lab.weights.convert import Job
@@ -81,16 +83,20 @@ def number_of_bytes(_: click.Context, __: click.Parameter, text: str | None) -> 
 @click.option("--weights", type=click.Choice(["auto", "ema", "raw"]), default="auto", help="If a file has two sets.")
 @click.option("--lean", is_flag=True, help="Leave out what is not the model.")
 @click.option("--shard-size", callback=number_of_bytes, metavar="SIZE", help="At most so much a file, such as 2GB.")
+@click.option(
+    "--prediction", type=click.Choice(PREDICTIONS), help="What the UNet predicts. [default: what SOURCE says]"
+)
 @click.option("--from-pickle", is_flag=True, help="SOURCE is a .ckpt, .pt or .bin; nothing in it is executed.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
 def convert(source: str, target: str, dtype: str | None, from_pickle: bool, quiet: bool, **settings: Any) -> None:
     """Write the model SOURCE as TARGET in another layout or dtype: a folder, or a file if it ends in .safetensors."""
     import torch
 
-    from minisd.lab.weights.convert import opened, plan
+    from minisd.lab.weights.convert import Conversion, opened, plan
 
     with opened(source, target, from_pickle) as readable:
-        carry_out(plan(readable, target, dtype=getattr(torch, dtype) if dtype else None, **settings), quiet)
+        number = getattr(torch, dtype) if dtype else None
+        carry_out(plan(Conversion(source=readable, target=target, dtype=number, **settings)), quiet)
 
 
 def carry_out(job: "Job", quiet: bool) -> None:
@@ -133,21 +139,21 @@ def merge(
     """Mix the model B into A and write TARGET; or only give A another component, or LoRAs."""
     import torch
 
-    from minisd.lab.weights.merge import prepare
+    from minisd.lab.weights.merge import Merge, prepare
 
     if len(sources) > 2:
         raise ValueError(f"merge takes two models and a target, not {len(sources)} models: merge two, then the next")
-    job = prepare(
-        sources[0],
-        sources[1] if len(sources) > 1 else None,
-        target,
+    wanted = Merge(
+        a=sources[0],
+        b=sources[1] if len(sources) > 1 else None,
+        target=target,
         blocks=numbers(blocks) if blocks is not None else None,
         take=components_and_paths(take),
         loras=[text_and_number(text) for text in loras],
         dtype=getattr(torch, dtype) if dtype else None,
         **settings,
     )
-    carry_out(job, quiet)
+    carry_out(prepare(wanted), quiet)
 
 
 def numbers(text: str) -> list[float]:
@@ -189,9 +195,9 @@ def diff(a: str, b: str, as_json: bool, plot: str | None, quiet: bool) -> None:
     with tqdm(unit="weight", leave=False, disable=True if quiet else None) as bar:
         difference = compare(a, b, advance=bar.update)
     if target:
-        picture = io.BytesIO()
-        bars(difference.blocks).save(picture, "PNG")
-        write_whole(target, picture.getvalue())
+        image = io.BytesIO()
+        bars(difference.blocks).save(image, "PNG")
+        write_whole(target, image.getvalue())
     click.echo(json.dumps(difference.as_dict()) if as_json else "\n".join(lines(difference)))
     if target and not as_json:
         click.echo(target)

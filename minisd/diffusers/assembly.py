@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minisd.checkpoint.building import build, read_tokenizer, usable_device
-from minisd.checkpoint.reading import Checkpoint, open_checkpoint
-from minisd.checkpoint.textfiles import read_json_object, write_whole
+from minisd.checkpoint.load import Checkpoint, build, open_checkpoint, read_tokenizer, usable_device
 from minisd.diffusers.images import VaeImageProcessor
 from minisd.diffusers.loading import NEUTRAL, Source, check_is_variant, check_variant, chosen_dtype
 from minisd.diffusers.models import SCHEDULERS, AutoencoderKL, SavesMemory, UncoveredScheduler, UNet2DConditionModel
 from minisd.diffusers.refusing import NotCoveredError, accept, missing, parameters
 from minisd.diffusers.text import CLIPTextModel, CLIPTokenizer
+from minisd.files import read_json_object, write_whole
 from minisd.pipeline import StableDiffusion
 from minisd.schedulers import Scheduler, SchedulerConfig, StepResult
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from minisd.checkpoint import configs, reading
-from minisd.checkpoint.errors import CheckpointError
+from minisd.checkpoint.header import Files
 from minisd.checkpoint.hub import SD15_REPOSITORY, resolve, why_not_fetched
-from minisd.checkpoint.naming import Problems, namings
-from minisd.checkpoint.textfiles import read_json_object
+from minisd.checkpoint.load import open_alone
+from minisd.checkpoint.survey import Part
 from minisd.diffusers.refusing import NotCoveredError, shortened
+from minisd.files import CheckpointError, read_json_object
 
 # Arguments of every from_pretrained that change nothing here, and the values at which they do not.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -46,41 +46,23 @@ def check_variant(call: str, variant: str | None) -> None:
         )
 
 
-def check_is_variant(files: reading.Files, variant: str | None) -> None:
+def check_is_variant(files: Files, variant: str | None) -> None:
     """minisd takes the nearest file that there is; whoever names a variant means that one."""
     names = {files.path.name, *(path.name for path in files.location.values())}
     if variant is not None and not any(f".{variant}." in name or f".{variant}-" in name for name in names):
         raise CheckpointError(f"{files.path.parent}: has no {variant} variant")
 
 
-def open_part(source: Source, component: str, subfolder: str | None, variant: str | None) -> reading.Component:
+def open_part(source: Source, component: str, subfolder: str | None, variant: str | None) -> Part:
     """One network's folder, understood but not yet read. Raises CheckpointError or FileNotFoundError."""
-    weights = "raw" if variant == "non_ema" else "auto"
-    half = variant == "fp16"
+    weights, half = "raw" if variant == "non_ema" else "auto", variant == "fp16"
     folder = resolve(source, half=half, weights=weights, component=component) / (subfolder or "")
-    config = read_json_object(folder / "config.json")
-    if component == "text_encoder" and isinstance(config.get("text_config"), dict):
-        part = text_half(folder, config["text_config"], half=half)
-    else:
-        notes: list[str] = []
-        part = reading.open_component(folder, component, half=half, weights=weights, notes=notes)
-        for note in notes:
-            warnings.warn(note, stacklevel=4)
+    read_json_object(folder / "config.json")  # diffusers wants one
+    notes: list[str] = []
+    part = open_alone(folder, component, half=half, weights=weights, notes=notes)
+    for note in notes:
+        warnings.warn(note, stacklevel=4)
     check_is_variant(part.files, variant)
-    return part
-
-
-def text_half(folder: Path, config: dict[str, Any], *, half: bool) -> reading.Component:
-    """The text encoder in a folder of the whole of CLIP, which sees pictures too."""
-    known = {name: config[name] for name in config if name in configs.TEXT_ENCODER.used | configs.TEXT_ENCODER.neutral}
-    settings = configs.read_text_encoder(known, str(folder / "config.json"), [])
-    files = reading.open_component_folder(folder, "text_encoder", half=half, weights="auto")
-    found = namings("text_encoder", files.tensors).get("raw")
-    if found is None:
-        raise CheckpointError(f"{files.path}: does not hold a text encoder")
-    problems = Problems()
-    part = reading.fit("text_encoder", settings, files, found, problems)
-    problems.raise_for(str(files.path))
     return part
 
 

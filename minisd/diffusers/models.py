@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from minisd import schedulers, vae
 from minisd.checkpoint import configs
-from minisd.checkpoint.building import build
+from minisd.checkpoint.load import build
 from minisd.diffusers.loading import NEUTRAL, Source, check_variant, chosen_dtype, folder_of_texts, open_part
 from minisd.diffusers.refusing import NotCoveredError, accept, missing, parameters
 from minisd.unet import UNet

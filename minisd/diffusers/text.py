@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from minisd import tokenizer
+from minisd.checkpoint.load import load_tokenizer
 from minisd.diffusers.loading import NEUTRAL, Source, folder_of_texts
 from minisd.diffusers.models import Network, Output, output
 from minisd.diffusers.refusing import NotCoveredError, accept, missing, parameters
@@ -180,7 +181,7 @@ class CLIPTokenizer:
     ) -> Self:
         """The tokenizer in a folder or hub repository, or in its `subfolder`. Raises CheckpointError."""
         accept("CLIPTokenizer.from_pretrained", others, NEUTRAL, parameters(cls.from_pretrained))
-        return cls(tokenizer.CLIPTokenizer.from_folder(folder_of_texts(pretrained_model_name_or_path, subfolder)))
+        return cls(load_tokenizer(folder_of_texts(pretrained_model_name_or_path, subfolder)))
 
     def __call__(
         self,

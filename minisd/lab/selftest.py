@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minisd.checkpoint.building import usable_device
+from minisd.checkpoint.load import usable_device
 from minisd.lab.parity.cases import Case
 from minisd.lab.parity.sides import MinisdSide, minisd_side
 from minisd.lab.parity.traces import record

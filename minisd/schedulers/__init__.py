@@ -1,8 +1,8 @@
-"""Schedulers: how noise goes into a sample, and how it comes out again, step by step.
+"""Schedulers: the forward process of diffusion, and the reverse process step by step.
 
-In: a model's output for a noisy sample at a timestep. Out: the sample at the next timestep. The walk:
-`equations.py` (the papers' arithmetic, pure functions), `base.py` (noise levels, timesteps), `ddpm.py`,
-`ddim.py`. On the side, `settings.py`: the configuration and its file.
+In: a model's output for a noisy sample at a timestep. Out: the sample at the previous timestep. The walk:
+`equations.py` (the papers' equations, pure functions), `base.py` (noise schedule, timesteps), `ddpm.py`, `ddim.py`.
+On the side, `settings.py`: the configuration and its file.
 
     scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
     scheduler.set_timesteps(50)

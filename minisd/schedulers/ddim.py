@@ -1,9 +1,8 @@
-"""DDIM: few steps, and a road that can be walked both ways.
+"""DDIM: deterministic, invertible sampling in few steps.
 
-In: the model's output at a timestep and the sample it was for. Out: the sample at the next timestep, and the
-clean one the model sees behind it. `DDIMScheduler` walks from noise to a picture, `DDIMInverseScheduler` back
-from a picture to the noise that it would come from, which is how real pictures are edited. This is the end of
-the schedulers' walk; next: `vae.py`.
+In: the model's output at a timestep and its sample. Out: the sample at the previous timestep and the predicted clean
+sample. `DDIMScheduler` samples; `DDIMInverseScheduler` runs the same steps in reverse, from an image to the noise that
+generates it, which is how real images are edited. The schedulers' walk ends here; next: `vae.py`.
 """
 
 from __future__ import annotations
@@ -14,15 +13,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from minisd.config import is_between, require
 from minisd.noise import Generators, draw_noise
 from minisd.schedulers import equations
 from minisd.schedulers.base import Scheduler, StepResult, ThresholdingScheduler, check_shapes
-from minisd.schedulers.settings import is_between, require
 
 
 @dataclass(eq=False)
 class DDIMScheduler(ThresholdingScheduler):
-    """Implicit sampling, DDIM, eq. 12: split x_t into x0 and noise, put them together at a lower noise level.
+    """Denoising diffusion implicit models, DDIM, eq. 12: predict x0 and eps, combine them at a lower noise level.
 
     All arguments of `Scheduler` and `ThresholdingScheduler`, and `set_alpha_to_one`: whether the last step
     ends at a clean sample (alpha_bar 1) or, as for SD 1.5, at the noise level of timestep 0.
@@ -46,12 +45,12 @@ class DDIMScheduler(ThresholdingScheduler):
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> StepResult:
-        """One step of eq. 12: from x_t to the timestep T // N below.
+        """One step of eq. 12: from x_t to x at t - T // N.
 
-        `model_output` and `sample`: (B, C, H, W). `eta`: how random, from 0 (not at all: DDIM) to 1 (DDPM).
-        If eta > 0, noise comes from `generator` (one, or a list of one per sample), unless given as
-        `variance_noise`. With `use_clipped_model_output` the noise is recomputed to match an x0 that was
-        clipped. Raises ValueError for anything that does not fit.
+        `model_output` and `sample`: (B, C, H, W). `eta`: from 0 (deterministic: DDIM) to 1 (as random as DDPM). If
+        eta > 0, noise is drawn from `generator` (one, or a list of one per sample), unless given as `variance_noise`.
+        With `use_clipped_model_output` eps is recomputed from the clipped x0. Raises ValueError for arguments that do
+        not fit.
         """
         check_shapes(model_output, sample)
         require(eta == 0 or is_between(eta, 0, float("inf")), "eta", eta, "a number, at least 0")
@@ -78,15 +77,14 @@ class DDIMScheduler(ThresholdingScheduler):
 
 @dataclass(eq=False)
 class DDIMInverseScheduler(Scheduler):
-    """DDIM with time reversed: from a picture, step by step, to the noise that DDIM would make it from.
+    """DDIM inversion: from an image to the noise from which DDIM generates it. `timesteps` ascend.
 
-    DDIM's steps are those of an ordinary differential equation (section 4.3), and those can be run backwards.
-    Exact only if the model answered the same at both ends of a step, so: nearly, with many steps. `timesteps`
-    ascend.
+    DDIM's steps integrate an ordinary differential equation (section 4.3), which can be integrated in reverse. Exact
+    only if the model's output were the same at both ends of a step: the error falls with the number of steps.
 
-    All arguments of `Scheduler`, and `set_alpha_to_one`: whether the walk starts from a clean sample or from
-    the noise level of timestep 0; `set_alpha_to_zero` is its former name. "linspace" is not offered, as
-    diffusers has none.
+    All arguments of `Scheduler`, and `set_alpha_to_one`: whether inversion starts from a clean sample (alpha_bar 1) or
+    from the noise level of timestep 0; `set_alpha_to_zero` is its former name. "linspace" is refused, as diffusers has
+    none.
     """
 
     _: KW_ONLY
@@ -94,6 +92,7 @@ class DDIMInverseScheduler(Scheduler):
     set_alpha_to_zero: InitVar[bool | None] = None
 
     timestep_spacings: ClassVar[tuple[str, ...]] = ("leading", "trailing")
+    divides_by_alpha_bar: ClassVar[bool] = False  # but of the timestep below, which is never pure noise
 
     def __post_init__(self, set_alpha_to_zero: bool | None) -> None:
         super().__post_init__()
@@ -104,7 +103,7 @@ class DDIMInverseScheduler(Scheduler):
 
     @property
     def initial_alpha_cumprod(self) -> Tensor:
-        """The noise level before the first timestep, under the name it has where time runs up."""
+        """alpha_bar before the first timestep, under diffusers' name of it in this class."""
         return self.final_alpha_cumprod
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
@@ -122,9 +121,10 @@ class DDIMInverseScheduler(Scheduler):
         eta: float = 0.0,
         generator: Generators = None,
     ) -> StepResult:
-        """One step up: to the noise level of `timestep`, from the one T // N below, where `sample` is.
+        """One step of inversion: from `sample` at t - T // N to the noise level of `timestep`, t.
 
-        `prev_sample` of the result is, as always, the next input of the model: here the noisier one.
+        `prev_sample` of the result is the model's next input, here the noisier one. `eta` and `generator` are not used:
+        inversion is deterministic.
         """
         check_shapes(model_output, sample)
         t_noisier, t = self._two_timesteps(timestep)

@@ -1,8 +1,8 @@
-"""DDPM: every step removes some noise and adds a little back.
+"""DDPM: ancestral sampling; every step removes noise and adds less of it back.
 
-In: the model's output at a timestep and the sample it was for. Out: the sample at the next timestep, and the
-clean one the model sees behind it. Needs many steps, and is what the model was trained for. `ddim.py`, next
-in the walk, needs few.
+In: the model's output at a timestep and its sample. Out: the sample at the previous timestep and the predicted clean
+sample. This is the process that the model was trained for, and it needs many steps. `ddim.py`, next in the walk, needs
+few.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from minisd.config import require, require_one_of, whole
 from minisd.noise import Generators, draw_noise
 from minisd.schedulers import equations
 from minisd.schedulers.base import StepResult, ThresholdingScheduler, check_shapes
-from minisd.schedulers.settings import require, require_one_of, whole
 
 VARIANCE_TYPES = (
     "fixed_small",
@@ -34,9 +34,9 @@ VARIANCE_TYPES = (
 class DDPMScheduler(ThresholdingScheduler):
     """Ancestral sampling: x_{t-1} is drawn from the posterior of the Markov chain, DDPM, algorithm 2.
 
-    All arguments of `Scheduler` and `ThresholdingScheduler`, and `variance_type`: how much noise a step adds,
-    see `equations.ddpm_noise_scale`. "learned" and "learned_range" want a model with twice the channels,
-    noise and variance.
+    All arguments of `Scheduler` and `ThresholdingScheduler`, and `variance_type`: the variance of the noise that a step
+    adds, see `equations.ddpm_noise_scale`. "learned" and "learned_range" need a model with twice the channels out:
+    noise prediction and variance.
     """
 
     _: KW_ONLY
@@ -95,9 +95,9 @@ class DDPMScheduler(ThresholdingScheduler):
     ) -> StepResult:
         """One step of algorithm 2: from x_t to the next timestep in `timesteps`.
 
-        `model_output` and `sample`: (B, C, H, W); with a learned variance `model_output` is (B, 2C, H, W).
-        `generator`: where the noise comes from, one or a list of one per sample. Raises ValueError for
-        anything that does not fit.
+        `model_output` and `sample`: (B, C, H, W); with a learned variance `model_output` is (B, 2C, H, W). Noise is
+        drawn from `generator`, one or a list of one per sample; `eta` is not used. Raises ValueError for arguments that
+        do not fit.
         """
         output, variance = self._split_variance(model_output, sample)
         t = self._locate(timestep)
@@ -116,7 +116,7 @@ class DDPMScheduler(ThresholdingScheduler):
         return StepResult(prev_sample, x0)
 
     def _split_variance(self, model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The model's output proper, and the variance next to it if the model predicts one."""
+        """The noise prediction, and the predicted variance if the model has one."""
         if not self.variance_type.startswith("learned"):
             check_shapes(model_output, sample)
             return model_output, None

@@ -1,17 +1,16 @@
-"""The equations of diffusion, one small pure function each.
+"""The equations of diffusion models, one pure function each: beta schedules; epsilon / x0 / v conversions; the steps.
 
-In: noise levels (0-dim or broadcastable float32 tensors), samples and model outputs. Out: tensors. Nothing
-here knows a network, a configuration or a random generator. `base.py` comes next in the walk: it owns the
-table of noise levels and asks these functions what to do with it.
+In: alpha_bar (0-dim or broadcastable float32 tensors), samples and model outputs. Out: tensors. Nothing here knows a
+network, a configuration or a random generator. Next in the walk: `base.py`, which holds the noise schedule.
 
 The letters of the papers, used throughout:
 
     x            a noisy sample x_t, shape (B, C, H, W)
-    x0           the clean sample behind it, as far as the model can tell
-    eps          the noise inside it: standard normal, same shape
-    v            the "velocity", a mixture of both that some models predict
-    alpha_bar    how much of x is signal: x = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps, between 0 and 1
-    beta         how much noise one single step adds: alpha_bar is the running product of (1 - beta)
+    x0           the clean sample, or the model's prediction of it
+    eps          the noise: standard normal, same shape
+    v            the velocity, sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0
+    alpha_bar    the signal's variance: x = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps, between 0 and 1
+    beta         the variance of the noise that one step adds: alpha_bar is the cumulative product of 1 - beta
 
 Two rules keep every result equal to diffusers', bit for bit. Noise levels stay 0-dim float32 tensors: a
 Python float is a double, and would round elsewhere. And the order of operations is part of the interface: (a
@@ -36,7 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# ---------------------------------------------------- beta schedules: how fast the signal drowns
+# ---------------------------------------------------- beta schedules
 
 
 def linear_betas(start: float, end: float, steps: int) -> Tensor:
@@ -55,12 +54,12 @@ def sigmoid_betas(start: float, end: float, steps: int) -> Tensor:
 
 
 def cosine_betas(start: float, end: float, steps: int) -> Tensor:
-    """Betas of `cosine_alpha_bar`; `start` and `end` have no say. Returns (steps,) float32."""
+    """Betas of `cosine_alpha_bar`; `start` and `end` are not used. Returns (steps,) float32."""
     return betas_from_alpha_bar(cosine_alpha_bar, steps)
 
 
 def laplace_betas(start: float, end: float, steps: int) -> Tensor:
-    """Betas of `laplace_alpha_bar`; `start` and `end` have no say. Returns (steps,) float32."""
+    """Betas of `laplace_alpha_bar`; `start` and `end` are not used. Returns (steps,) float32."""
     return betas_from_alpha_bar(laplace_alpha_bar, steps)
 
 
@@ -81,7 +80,7 @@ def laplace_alpha_bar(u: float) -> float:
 
 
 def betas_from_alpha_bar(alpha_bar: Callable[[float], float], steps: int, max_beta: float = 0.999) -> Tensor:
-    """Improved, below eq. 17: beta_t = 1 - alpha_bar(t) / alpha_bar(t - 1), capped: some signal survives."""
+    """Improved, below eq. 17: beta_t = 1 - alpha_bar(t) / alpha_bar(t - 1), capped below 1."""
     grid = [i / steps for i in range(steps + 1)]
     betas = [min(1 - alpha_bar(end) / alpha_bar(start), max_beta) for start, end in pairwise(grid)]
     return torch.tensor(betas, dtype=torch.float32)
@@ -97,11 +96,11 @@ BETA_SCHEDULES: dict[str, Callable[[float, float, int], Tensor]] = {
 
 
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
-    """Zero-SNR, algorithm 1: stretch sqrt(alpha_bar) until the last timestep is pure noise. The first stays.
+    """Zero-SNR, algorithm 1: shift and scale sqrt(alpha_bar) to 0 at the last timestep, keeping the first.
 
-    Ordinary schedules leave a trace of signal at the last timestep (SD 1.5: 7 % of the amplitude), from which
-    a model learns the mean brightness of its picture. Afterwards alpha_bar[-1] is exactly 0, where epsilon
-    prediction divides by zero: such models predict v. `betas`: (T,), T >= 2. Returns (T,).
+    Ordinary schedules leave signal at the last timestep (SD 1.5: 7 % of the amplitude), from which a model learns the
+    mean brightness of an image, whereas sampling starts from pure noise. With alpha_bar[-1] = 0 epsilon prediction
+    divides by zero: such models predict v. `betas`: (T,), T >= 2. Returns (T,).
     """
     root = torch.cumprod(1.0 - betas, dim=0).sqrt()  # sqrt(alpha_bar)
     first, last = root[0], root[-1]
@@ -109,21 +108,21 @@ def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
     root = root * (first / (first - last))
 
     alpha_bar = root**2
-    alphas = torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])  # undo the running product
+    alphas = torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])  # undo the cumulative product
     return 1 - alphas
 
 
-# ---------------------------------------------------- spacings: which of T timesteps N steps visit
+# ---------------------------------------------------- timestep spacings: N of T timesteps
 # Zero-SNR, table 2. All return descending int64 arrays.
 
 
 def leading_timesteps(train_steps: int, steps: int, offset: int) -> np.ndarray:
-    """Every (T // N)-th timestep from `offset` up. Leaves out the noisiest: N=30 starts at 957 of 999."""
+    """Every (T // N)-th timestep, `offset` added. Does not start at T - 1: N=30 starts at 957 of 999."""
     return np.arange(steps)[::-1] * (train_steps // steps) + offset
 
 
 def trailing_timesteps(train_steps: int, steps: int, offset: int) -> np.ndarray:
-    """Every (T / N)-th timestep from T - 1 down: always begins at the noisiest. `offset` is not used.
+    """Every (T / N)-th timestep down from T - 1. `offset` is not used.
 
     T / N is rounded, and for some N (61, 103, 121, ... for T = 1000: 62 values in all) `arange` finds room
     for one timestep more, which becomes -1. diffusers takes that step, and so does minisd.
@@ -142,11 +141,11 @@ TIMESTEP_SPACINGS: dict[str, Callable[[int, int, int], np.ndarray]] = {
     "linspace": linspace_timesteps,
 }
 
-# ---------------------------------------------------- forward: from clean to noisy
+# ---------------------------------------------------- the forward process
 
 
 def add_noise(x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
-    """DDPM, eq. 4: x_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps, any t in one jump."""
+    """DDPM, eq. 4: x_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps, for any t at once."""
     return alpha_bar**0.5 * x0 + (1 - alpha_bar) ** 0.5 * eps
 
 
@@ -155,11 +154,11 @@ def velocity(x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
     return alpha_bar**0.5 * eps - (1 - alpha_bar) ** 0.5 * x0
 
 
-# ---------------------------------------------------- what the model said: x0 and eps
+# ---------------------------------------------------- epsilon / x0 / v conversions
 
 
 def x0_from_output(output: Tensor, x: Tensor, alpha_bar: Tensor, prediction_type: str) -> Tensor:
-    """The clean sample that the model's output implies: DDPM, eq. 15 (`add_noise` solved for x0)."""
+    """Model output -> predicted x0: DDPM, eq. 15 (`add_noise` solved for x0)."""
     if prediction_type == "epsilon":
         return (x - (1 - alpha_bar) ** 0.5 * output) / alpha_bar**0.5
     if prediction_type == "v_prediction":
@@ -168,7 +167,7 @@ def x0_from_output(output: Tensor, x: Tensor, alpha_bar: Tensor, prediction_type
 
 
 def eps_from_output(output: Tensor, x: Tensor, alpha_bar: Tensor, prediction_type: str) -> Tensor:
-    """The noise that the model's output implies. Together with x0 it makes up x."""
+    """Model output -> predicted eps, so that x = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps."""
     if prediction_type == "epsilon":
         return output
     if prediction_type == "v_prediction":
@@ -185,8 +184,7 @@ def dynamic_threshold(x0: Tensor, ratio: float, max_value: float) -> Tensor:
     """Imagen, section 2.3: clip each image to its own range [-s, s], then divide by s: it fills [-1, 1].
 
     s is the `ratio` quantile of |x0| over the image, but at least 1 (then this is plain clipping to [-1, 1])
-    and at most `max_value`. Pulls saturated pixels inwards instead of cutting them off. x0: (B, ...), one s
-    for each of B.
+    and at most `max_value`. x0: (B, ...), one s for each of B.
     """
     flat = x0.flatten(1)
     if flat.dtype not in (torch.float32, torch.float64):
@@ -195,11 +193,11 @@ def dynamic_threshold(x0: Tensor, ratio: float, max_value: float) -> Tensor:
     return (flat.clamp(-s, s) / s).reshape(x0.shape).to(x0.dtype)
 
 
-# ---------------------------------------------------- backward: DDPM
+# ---------------------------------------------------- the reverse process: DDPM
 
 
 def posterior_mean(x0: Tensor, x: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor) -> Tensor:
-    """DDPM, eq. 7: the mean of x_{t-1} when both ends, x0 and x_t, are known."""
+    """DDPM, eq. 7: the mean of the posterior q(x_{t-1} | x_t, x0)."""
     alpha = alpha_bar / alpha_bar_prev
     beta = 1 - alpha
     x0_weight = (alpha_bar_prev**0.5 * beta) / (1 - alpha_bar)
@@ -218,8 +216,8 @@ def ddpm_noise_scale(
     """The standard deviation of the noise that a DDPM step adds.
 
     DDPM, section 3.2, has two choices: the posterior's variance ("fixed_small") and beta ("fixed_large").
-    Improved, eq. 15, lets the network choose between them in log space ("learned_range"; `predicted`: -1
-    small, +1 large; (B, C, H, W)) or say the variance outright ("learned").
+    Improved, eq. 15: the network predicts a weight between them in log space ("learned_range"; `predicted`: -1 small,
+    +1 large; (B, C, H, W)), or the variance itself ("learned").
     """
     # The step to a clean sample adds nothing (variance 0), and a logarithm needs more than that.
     small = torch.clamp(posterior_variance(alpha_bar, alpha_bar_prev), min=1e-20)
@@ -239,15 +237,14 @@ def ddpm_noise_scale(
     return small**0.5
 
 
-# ---------------------------------------------------- backward (and forward again): DDIM
+# ---------------------------------------------------- the reverse process, and its inversion: DDIM
 
 
 def ddim_update(x0: Tensor, eps: Tensor, alpha_bar_prev: Tensor, sigma: Tensor | float) -> Tensor:
-    """DDIM, eq. 12 without its random term: rebuild a sample from x0 and eps, at another noise level.
+    """DDIM, eq. 12 without its random term: x_prev from the predicted x0 and eps.
 
-    With sigma = 0 nothing is random, and the same equation leads down (sampling) and up (inversion). With
-    sigma > 0 the caller adds sigma * noise, and eps makes room for it. At eta = 1 and a zero terminal SNR
-    there is no room to spare: rounding can leave the root of a negative number, NaN, at the first step (with
-    SD's betas for N = 10, 20, 25, ...). So it does in diffusers.
+    With sigma = 0 the update is deterministic, and the same equation serves sampling and inversion. With sigma > 0 the
+    caller adds sigma * noise. At eta = 1 and zero terminal SNR, 1 - alpha_bar_prev - sigma**2 is 0 up to rounding: it
+    can be negative and its root NaN at the first step (with SD's betas for N = 10, 20, 25, ...), as in diffusers.
     """
     return alpha_bar_prev**0.5 * x0 + (1 - alpha_bar_prev - sigma**2) ** 0.5 * eps

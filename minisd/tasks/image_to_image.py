@@ -48,7 +48,7 @@ def image_to_image(
 def denoise_from(
     sd: StableDiffusion, prompt: Texts, x0: Tensor, noise: Tensor, sampling: Sampling, start: int
 ) -> Iterator[Step]:
-    """Add `noise` to scaled clean latents `x0` (B, 4, H/8, W/8), as much as step `start` expects; denoise from there."""
+    """Noise scaled clean latents `x0` (B, 4, H/8, W/8) to the level that step `start` expects; denoise from there."""
     scheduler = sd.make_scheduler(sampling.scheduler, sampling.steps)
     x = scheduler.add_noise(x0, noise, scheduler.timesteps[start])
     return sd.denoise(prompt, sampling, latents=x, start=start, scheduler=scheduler)

@@ -9,6 +9,8 @@ from safetensors.torch import save_file
 
 import minisd
 from minisd.adapters.textual_inversion import open_embedding
+from minisd.checkpoint.load import load_tokenizer
+from minisd.checkpoint.tokenizer_files import from_json, to_json, write_folder
 from minisd.tokenizer import CLIPTokenizer
 from tests.unit.tiny import TOKENIZER, equal, tiny_model
 
@@ -366,8 +368,8 @@ def test_added_tokens_in_metadata_and_folders(tmp_path):
         context_length=77,
         added=["<x>", "<x>_1"],
     )
-    taught.save(tmp_path / "folder")
-    for again in (CLIPTokenizer.from_folder(tmp_path / "folder"), CLIPTokenizer.from_json(taught.to_json())):
+    write_folder(taught, tmp_path / "folder")
+    for again in (load_tokenizer(tmp_path / "folder"), CLIPTokenizer(**vars(from_json(to_json(taught))))):
         assert again.added == taught.added and again.vocabulary == taught.vocabulary
         assert again(["a <x>"])[0, 1:5].tolist()[1:3] == [520, 521]
     assert "<x>" not in json.loads((tmp_path / "folder" / "vocab.json").read_text())
@@ -387,14 +389,14 @@ def test_added_tokens_in_metadata_and_folders(tmp_path):
     ],
 )
 def test_broken_added_tokens(tmp_path, file, content):
-    TOKENIZER.save(tmp_path)
+    write_folder(TOKENIZER, tmp_path)
     (tmp_path / file).write_text(json.dumps(content))
     with pytest.raises(minisd.CheckpointError, match=str(tmp_path)):
-        CLIPTokenizer.from_folder(tmp_path)
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("added", [["<y>"], [7], "x", 5, {"a": 1}])
 def test_broken_added_tokens_in_metadata(added):
-    stored = json.loads(TOKENIZER.to_json()) | {"added": added}
+    stored = json.loads(to_json(TOKENIZER)) | {"added": added}
     with pytest.raises(minisd.CheckpointError):
-        CLIPTokenizer.from_json(json.dumps(stored))
+        from_json(json.dumps(stored))

@@ -12,11 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from minisd import StableDiffusion
-from minisd.checkpoint.reading import open_alone
+from minisd.checkpoint.load import open_alone
 from minisd.cli.weights import convert as convert_command
 from minisd.lab.weights.convert import convert
 from minisd.lab.weights.inspect import inspect
-from minisd.lab.weights.zoo import write_zoo
+from minisd.lab.zoo import write_zoo
 from tests.unit.tiny import compvis_tensors, equal, tiny_model
 
 BESIDE = {
@@ -169,10 +169,10 @@ def test_the_command(single, tmp_path):
 
 MEASURE = """
 import resource, sys
-from minisd.checkpoint.reading import open_alone
+from minisd.checkpoint.load import open_alone
 from minisd.lab.weights.convert import convert
 from minisd.lab.weights.inspect import inspect
-from minisd.lab.weights.zoo import write_zoo
+from minisd.lab.zoo import write_zoo
 import torch
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 convert(sys.argv[1], sys.argv[2], dtype=getattr(torch, sys.argv[3], None))
@@ -306,6 +306,18 @@ def test_the_averaged_weights_of_two_sets(tmp_path):
         path = convert(tmp_path / "zoo" / f"{name}.safetensors", tmp_path / f"{name}.safetensors")
         assert not any("scale" in warning for warning in inspect(path).warnings)
         assert not any("scale" in name for name in contents(path)[0])
+
+
+@pytest.mark.parametrize("kind", ("epsilon", "v_prediction"))
+def test_what_the_unet_predicts_can_be_corrected(community, tmp_path, kind):
+    """The source says v, by a tensor; the result says what was asked for, in both layouts."""
+    convert(community, tmp_path / "folder", prediction=kind)
+    convert(community, tmp_path / "file.safetensors", prediction=kind)
+    for name in ("folder", "file.safetensors"):
+        assert StableDiffusion.load(tmp_path / name).config.scheduler["prediction_type"] == kind
+    arguments = [str(community), str(tmp_path / "other"), "--prediction", kind, "-q"]
+    assert CliRunner().invoke(convert_command, arguments, catch_exceptions=False).exit_code == 0
+    assert StableDiffusion.load(tmp_path / "other").config.scheduler["prediction_type"] == kind
 
 
 def test_compvis_is_one_file(tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import struct
+import time
 import warnings
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 import minisd.checkpoint
 from minisd import CheckpointError, StableDiffusion
 from minisd.lab.weights.inspect import inspect
-from minisd.lab.weights.zoo import smallest_model
+from minisd.lab.zoo import smallest_model
 
 NUMBERS = st.integers(-2, 12) | st.integers() | st.floats() | st.sampled_from([10**13, 2**63, 10**400, 0.5])
 JSON = st.recursive(
@@ -144,3 +145,69 @@ def test_a_field_of_a_configuration_changed(folder, tmp_path, file, number, valu
         only_checkpoint_errors(tmp_path / "model")
     finally:
         shutil.rmtree(tmp_path / "model")
+
+
+# ------------------------------------------------ names and numbers of absurd size
+
+LONG = "a" * 1_000_000
+ABSURD = {
+    "resnets": ("unet", {"layers_per_block": 1_000_000}),
+    "levels": ("vae", {"block_out_channels": [4] * 10_000, "down_block_types": ["DownEncoderBlock2D"] * 10_000,
+                       "up_block_types": ["UpDecoderBlock2D"] * 10_000}),
+    "layers": ("text_encoder", {"num_hidden_layers": 1_000_000}),
+    "a field": ("unet", {LONG: 1}),
+    "a block": ("unet", {"down_block_types": [LONG]}),
+}  # fmt: skip
+
+
+def told_at_once(path):
+    """Every way in answers within a second or two, in short lines without control characters."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for attempt in (inspect, minisd.checkpoint.open, StableDiffusion.load):
+            began = time.monotonic()
+            try:
+                attempt(path)
+            except CheckpointError as error:
+                assert all(len(line) < 1000 and line.isprintable() for line in str(error).splitlines())
+            assert time.monotonic() - began < 2
+    assert all(len(str(one.message)) < 1000 for one in caught)
+
+
+@pytest.mark.parametrize(
+    "name", (LONG, "model.diffusion_model." + "input_blocks.0.0." * 60_000, "\x1b[31m\nred"), ids=len
+)
+def test_names_of_tensors(single, tmp_path, name):
+    def rename(header):
+        header[name] = header.pop("model.diffusion_model.out.2.bias")
+
+    told_at_once(with_header(single, tmp_path / "x.safetensors", rename))
+
+
+@pytest.mark.parametrize("case", ABSURD)
+def test_absurd_configurations(single, folder, tmp_path, case):
+    component, changes = ABSURD[case]
+    model = tmp_path / "model"
+    shutil.copytree(folder, model)
+    path = model / component / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    told_at_once(model)
+
+    def change(header):
+        config = json.loads(header["__metadata__"]["minisd.config"])
+        config[component] |= changes
+        header["__metadata__"]["minisd.config"] = json.dumps(config)
+
+    told_at_once(with_header(single, tmp_path / "x.safetensors", change))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+@pytest.mark.parametrize("file", (*CONFIGS[:-1], "tokenizer/merges.txt", "unet/diffusion_pytorch_model.safetensors"))
+def test_a_named_pipe_is_refused_and_does_not_block(folder, tmp_path, file):
+    model = tmp_path / "model"
+    shutil.copytree(folder, model)
+    (model / file).unlink()
+    os.mkfifo(model / file)
+    with pytest.raises(CheckpointError, match="not a regular file") as caught:
+        StableDiffusion.load(model)
+    assert len(str(caught.value).splitlines()) == 1

@@ -11,12 +11,12 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
-from minisd.checkpoint.errors import CheckpointError
 from minisd.checkpoint.keymap import COMPONENTS, COMPVIS_PREFIX, ema_name, model_keys
 from minisd.cli.weights import inspect as inspect_command
 from minisd.cli.weights import keys as keys_command
 from minisd.config import SD15
-from minisd.lab.weights.inspect import inspect
+from minisd.files import CheckpointError
+from minisd.lab.weights.inspect import inspect, naming
 from minisd.lab.weights.report import lines
 from minisd.lab.weights.scan import scan
 from tests.unit.tiny import compvis_tensors, tiny_model
@@ -44,14 +44,14 @@ def averaged(tensors):
 def test_the_embedded_model():
     report = inspect("emoji")
     assert report.what.startswith("Stable Diffusion 1.x, a folder") and report.problem is None
-    assert {name: part.found for name, part in report.parts.items()}.items() >= {"unet": 686, "vae": 248}.items()
+    assert {name: len(part.sources) for name, part in report.parts.items()}.items() >= {"unet": 686, "vae": 248}.items()
     assert all(part.complete and part.dtypes.keys() == {"F16"} for part in report.parts.values())
 
 
 def test_a_single_file(tensors, tmp_path):
     report = report_on(tensors, tmp_path / "m.safetensors")
     assert (report.what, report.problem, report.official) == ("Stable Diffusion 1.x", None, None)
-    assert report.parts["unet"].naming == "CompVis, prefix 'model.diffusion_model.'"
+    assert naming(report.parts["unet"]) == "CompVis, prefix 'model.diffusion_model.'"
     assert report.parts["unet"].parameters == sum(t.numel() for name, t in tensors.items() if name.startswith(UNET))
     assert report.bytes == (tmp_path / "m.safetensors").stat().st_size
 

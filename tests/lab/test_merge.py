@@ -252,6 +252,26 @@ def test_the_command(models, tmp_path):
     assert target.read_bytes() == (tmp_path / "y.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize(("b", "c"), (("b", "inpainting"), ("inpainting", "b")))
+def test_a_difference_that_does_not_exist(models, tmp_path, b, c):
+    """Of a model with 9 channels in and one with 4: told in names, before anything is written."""
+    a, b, c = (models / f"{name}.safetensors" for name in ("inpainting", b, c))
+    with pytest.raises(CheckpointError, match=r"conv_in\.weight.*C's is .*no difference") as caught:
+        merge(a, b, tmp_path / "x.safetensors", minus=c)
+    assert str(b) in str(caught.value) and str(c) in str(caught.value) and list(tmp_path.iterdir()) == []
+
+
+def test_two_that_predict_different_things_are_told(models, tmp_path):
+    plain = {name: text for name, text in metadata_of(models / "b.safetensors").items() if name != "minisd.config"}
+    config = json.loads(metadata_of(models / "b.safetensors")["minisd.config"])
+    config["scheduler"]["prediction_type"] = "v_prediction"
+    told = plain | {"minisd.config": json.dumps(config), "modelspec.prediction_type": "v"}
+    save_file(load_file(models / "b.safetensors"), tmp_path / "v.safetensors", told)
+    arguments = [str(models / "a.safetensors"), str(tmp_path / "v.safetensors"), str(tmp_path / "x.safetensors"), "-q"]
+    result = CliRunner().invoke(merge_command, arguments, catch_exceptions=False)
+    assert "A's UNet predicts epsilon, B's v_prediction" in result.stderr
+
+
 MEMORY = """
 import resource, sys, torch
 from minisd.lab.weights.merge import merge

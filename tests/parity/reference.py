@@ -13,6 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from transformers import CLIPTokenizer as ReferenceTokenizer
 
 from minisd import SD15
+from minisd.checkpoint.tokenizer_files import write_folder
 from minisd.tokenizer import CLIPTokenizer
 
 NARROW = {"unet": (32, 64, 96, 128), "vae": (32, 32, 64, 64), "text": 128}
@@ -71,7 +72,7 @@ def reference_text_encoder(width: int, **changes) -> CLIPTextModel:
 
 def reference_pipeline(sizes: dict, scratch: Path) -> StableDiffusionPipeline:
     """diffusers' pipeline with the sizes given, SD 1.5's schedule and CLIP's vocabulary."""
-    CLIPTokenizer.clip().save(scratch)
+    write_folder(CLIPTokenizer.clip(), scratch)
     pipeline = StableDiffusionPipeline(
         unet=reference_unet(sizes["unet"], sizes["text"]),
         vae=reference_vae(sizes["vae"]),

@@ -407,6 +407,21 @@ def test_config_into_a_diffusers_scheduler(name, source):
     assert_same_tables(mine, reference)
 
 
+@every_class
+@pytest.mark.parametrize("source", [*NAMES, "EulerDiscreteScheduler"])
+@pytest.mark.parametrize("between", NAMES)
+def test_config_through_two_schedulers(name, source, between):
+    """What was left at its default is marked, in the second config as in the first."""
+    given = getattr(theirs, source)(beta_end=0.012, timestep_spacing="trailing").config
+    first = [getattr(library, between).from_config(given).config for library in (ours, theirs)]
+    assert set(first[0]["_use_default_values"]) == set(first[1]["_use_default_values"])
+    mine, reference = (
+        getattr(library, name).from_config(config) for library, config in zip((ours, theirs), first, strict=True)
+    )
+    assert public(mine.config) == public(reference.config)
+    assert set(mine.config["_use_default_values"]) == set(reference.config["_use_default_values"])
+
+
 def test_config_overrides():
     config = theirs.PNDMScheduler(**{key: SD15[key] for key in ("beta_start", "beta_end", "beta_schedule")}).config
     pair = [

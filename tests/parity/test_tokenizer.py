@@ -4,6 +4,8 @@ import pytest
 import torch
 from transformers import CLIPTokenizer as ReferenceTokenizer
 
+from minisd.checkpoint import tokenizer_files
+from minisd.checkpoint.load import load_tokenizer
 from minisd.tokenizer import CLIPTokenizer
 
 TEXTS = [
@@ -28,7 +30,7 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clip")
-    CLIPTokenizer.clip().save(folder)
+    tokenizer_files.write_folder(CLIPTokenizer.clip(), folder)
     return ReferenceTokenizer.from_pretrained(folder)
 
 
@@ -52,7 +54,7 @@ def test_reads_what_transformers_writes(reference, tmp_path):
     """transformers 5 writes tokenizer.json, not vocab.json and merges.txt."""
     reference.save_pretrained(tmp_path)
     assert (tmp_path / "tokenizer.json").is_file() and not (tmp_path / "vocab.json").exists()
-    assert torch.equal(CLIPTokenizer.from_folder(tmp_path)(TEXTS), CLIPTokenizer.clip()(TEXTS))
+    assert torch.equal(load_tokenizer(tmp_path)(TEXTS), CLIPTokenizer.clip()(TEXTS))
 
 
 def test_another_padding_token(reference, tmp_path):
@@ -61,4 +63,4 @@ def test_another_padding_token(reference, tmp_path):
     other = ReferenceTokenizer.from_pretrained(tmp_path, pad_token="!")
     other.save_pretrained(tmp_path)
     theirs = other(TEXTS, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
-    assert torch.equal(CLIPTokenizer.from_folder(tmp_path)(TEXTS), theirs)
+    assert torch.equal(load_tokenizer(tmp_path)(TEXTS), theirs)

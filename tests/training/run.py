@@ -17,8 +17,8 @@ from train_vae import train as train_vae
 from training import gather_team
 
 from minisd.checkpoint.hub import embedded_model
+from minisd.checkpoint.load import load_tokenizer
 from minisd.pipeline import StableDiffusion
-from minisd.tokenizer import CLIPTokenizer
 
 BATCH = 4
 
@@ -43,7 +43,7 @@ def main(kind: str, folder: Path, steps: int, stop: int) -> None:
         if kind == "text":
             mean = torch.randn(16, 4, 8, 8, generator=torch.Generator().manual_seed(1))
             bank = Bank([draw_scene(0, index, FULL) for index in range(16)], mean, torch.full_like(mean, 0.1))
-            words = CLIPTokenizer.from_folder(embedded_model() / "tokenizer")
+            words = load_tokenizer(embedded_model() / "tokenizer")
             train_text(
                 team, folder, bank, words, Denoiser(), steps=steps, batch=BATCH, peak=1e-3, save_every=3, show=show
             )

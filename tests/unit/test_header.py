@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from minisd.checkpoint.errors import CheckpointError
 from minisd.checkpoint.header import read_header
-from minisd.lab.weights.zoo import BROKEN, raw
+from minisd.files import CheckpointError
+from minisd.lab.zoo import BROKEN, raw
 
 
 @pytest.mark.parametrize("case", BROKEN)

@@ -297,7 +297,7 @@ def test_a_vae_of_its_own(hub, run, files, tmp_path):
     for environment in ({"HF_HOME": "alone"}, {"HF_HOME": "alone", "HF_HUB_OFFLINE": "1"}):
         result = run(model, NAME, program=program, **environment)
         assert result.returncode == 0, result.stderr
-    assert hub.fetched == ["config.json", "diffusion_pytorch_model.safetensors"]
+    assert sorted(hub.fetched) == ["config.json", "diffusion_pytorch_model.safetensors"]
 
 
 def test_the_token_is_passed_on(hub, run):

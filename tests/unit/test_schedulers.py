@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -286,6 +287,24 @@ def test_what_may_be_a_timestep(cls, t):
     assert outcomes[1][0] is outcomes[1].prev_sample
 
 
+@pytest.mark.parametrize("cls", (DDIMScheduler, DDPMScheduler))
+@pytest.mark.parametrize("spacing", ("trailing", "linspace"))
+def test_zero_terminal_snr_with_epsilon_is_told(cls, spacing):
+    """The first step divides by alpha_bar = 0; a model that predicts v, or a run that begins below, does not."""
+
+    def first_step(kind, **settings):
+        scheduler = ready(kind, rescale_betas_zero_snr=True, **settings)
+        scheduler.step(noise(1), scheduler.timesteps[0], noise(2))
+
+    with pytest.warns(UserWarning, match="zero terminal SNR.*timestep 999"):
+        first_step(cls, timestep_spacing=spacing)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first_step(cls, timestep_spacing=spacing, prediction_type="v_prediction")
+        first_step(cls, timestep_spacing="leading")
+        first_step(DDIMInverseScheduler, timestep_spacing="trailing")
+
+
 # ---------------------------------------------------- configuration
 
 
@@ -306,7 +325,7 @@ def test_config_is_read_only():
 def test_config_goes_through_other_schedulers_unharmed():
     first = DDPMScheduler(**SD15, variance_type="fixed_large", thresholding=True)
     through = DDIMInverseScheduler.from_config(DDIMScheduler.from_config(first.config).config)
-    assert DDPMScheduler.from_config(through.config).config == {**first.config, "set_alpha_to_one": True}
+    assert DDPMScheduler.from_config(through.config).config == first.config
 
 
 def test_config_that_is_not_ours_has_no_effect():
@@ -326,6 +345,35 @@ def test_what_was_never_chosen_is_not_passed_on():
     assert (scheduler.config.set_alpha_to_one, scheduler.config.steps_offset) == (True, 1)
 
 
+def test_what_was_never_chosen_is_marked_in_the_config_and_survives():
+    """The mark is diffusers': a scheduler made from the config of one made from a config takes its own defaults too."""
+    first = DDIMScheduler(beta_end=0.012)
+    assert "clip_sample_range" in first.config["_use_default_values"]
+    second = DDPMScheduler.from_config(first.config)
+    assert second.config.beta_end == 0.012
+    assert {"clip_sample_range", "variance_type"} <= set(second.config["_use_default_values"])
+    assert "beta_end" not in second.config["_use_default_values"]
+
+
+def test_a_result_answers_as_diffusers_does():
+    result = ready(DDIMScheduler).step(noise(1), 501, noise(2))
+    assert list(result.keys()) == ["prev_sample", "pred_original_sample"]
+    for index, name in enumerate(result.keys()):
+        for got in (getattr(result, name), result[name], result[index], result.to_tuple()[index]):
+            assert got is result.values()[index]
+    prev_sample, x0 = result
+    assert result[:1] == (prev_sample,) and dict(result) == {"prev_sample": prev_sample, "pred_original_sample": x0}
+    with pytest.raises((KeyError, TypeError)):
+        _ = result["prev"]
+
+
+@every_class
+def test_every_step_takes_eta_and_generator(cls):
+    """So that a sampling loop need not ask; at eta 0, DDIM and its inverse draw nothing."""
+    one, other = (ready(cls).step(noise(1), 501, noise(2), eta=0.0, generator=seeded()) for _ in range(2))
+    assert torch.equal(one.prev_sample, other.prev_sample)
+
+
 @every_class
 def test_copies(cls):
     scheduler = ready(cls)
@@ -340,7 +388,8 @@ def test_save_and_load(cls, tmp_path):
     scheduler = cls(**SD15, num_train_timesteps=np.int64(3), trained_betas=np.array([0.1, 0.2, 0.3]))
     scheduler.save_pretrained(tmp_path / "model" / "scheduler")
     again = cls.from_pretrained(tmp_path / "model", subfolder="scheduler")
-    assert {**again.config, "trained_betas": ()} == {**scheduler.config, "trained_betas": ()}
+    unlike = {"trained_betas": (), "_use_default_values": ()}  # a file has no mark of what was left at its default
+    assert {**again.config, **unlike} == {**scheduler.config, **unlike}
     assert torch.equal(again.betas, scheduler.betas)
     assert [path.name for path in (tmp_path / "model" / "scheduler").iterdir()] == ["scheduler_config.json"]
     assert cls.from_pretrained(tmp_path / "model" / "scheduler", steps_offset=7).config.steps_offset == 7

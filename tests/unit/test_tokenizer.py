@@ -1,11 +1,15 @@
 """Text -> ids: CLIP's own, what is cut and what is padded, and the ways to keep a tokenizer."""
 
 import json
+import os
+import random
 
 import pytest
 import torch
 
-from minisd.checkpoint.errors import CheckpointError
+from minisd.checkpoint.load import load_tokenizer
+from minisd.checkpoint.tokenizer_files import from_json, to_json, write_folder
+from minisd.files import CheckpointError
 from minisd.tokenizer import END, START, CLIPTokenizer, vocabulary_of
 from tests.unit.tiny import MERGES, TOKENIZER
 
@@ -116,8 +120,8 @@ def test_another_padding_and_length():
 
 @pytest.mark.parametrize("make", (CLIPTokenizer.clip, lambda: TOKENIZER, unusual))
 def test_folder_round_trip(make, tmp_path):
-    make().save(tmp_path / "some" / "where")
-    assert same(CLIPTokenizer.from_folder(tmp_path / "some" / "where"), make())
+    write_folder(make(), tmp_path / "some" / "where")
+    assert same(load_tokenizer(tmp_path / "some" / "where"), make())
 
 
 @pytest.mark.parametrize("merges", ([], MERGES), ids=len)
@@ -126,8 +130,8 @@ def test_transformers_reads_the_folder(merges, tmp_path):
     from transformers import CLIPTokenizer as Theirs
 
     ours = CLIPTokenizer(vocabulary_of(merges), merges, pad_token=END, context_length=16)
-    ours.save(tmp_path)
-    assert same(CLIPTokenizer.from_folder(tmp_path), ours)
+    write_folder(ours, tmp_path)
+    assert same(load_tokenizer(tmp_path), ours)
     theirs = Theirs.from_pretrained(tmp_path)
     for text in ("a cat", "", "red car 2024!"):
         ids = theirs(text, padding="max_length", max_length=16, truncation=True, return_tensors="pt").input_ids
@@ -136,7 +140,7 @@ def test_transformers_reads_the_folder(merges, tmp_path):
 
 @pytest.mark.parametrize("make", (CLIPTokenizer.clip, lambda: TOKENIZER, unusual))
 def test_json_round_trip(make):
-    assert same(CLIPTokenizer.from_json(make().to_json()), make())
+    assert same(CLIPTokenizer(**vars(from_json(to_json(make())))), make())
 
 
 @pytest.mark.parametrize(
@@ -162,17 +166,139 @@ def test_json_round_trip(make):
 )
 def test_broken_json(change):
     """`to_json` ends up in files, and files come from strangers."""
-    text = json.dumps(json.loads(TOKENIZER.to_json()) | change)
+    text = json.dumps(json.loads(to_json(TOKENIZER)) | change)
     with pytest.raises(CheckpointError):
-        CLIPTokenizer.from_json(text)
+        from_json(text)
 
 
 @pytest.mark.parametrize("text", ("", "{", "[]", "3", "null", "{}", "[" * 100_000), ids=lambda text: text[:3])
 def test_not_even_json(text):
     with pytest.raises(CheckpointError):
-        CLIPTokenizer.from_json(text)
+        from_json(text)
 
 
 def test_absent_folder(tmp_path):
     with pytest.raises(CheckpointError, match=r"vocab\.json"):
-        CLIPTokenizer.from_folder(tmp_path / "nowhere")
+        load_tokenizer(tmp_path / "nowhere")
+
+
+# ------------------------------------------------ byte-pair encoding in Python, and in the library
+
+
+def vectors_added() -> CLIPTokenizer:
+    """With added tokens, as after textual inversion: one of them two vectors, one of another alphabet."""
+    added = ["<cat>", "<cat>_1", "My-Word", "ÉTOILE"]
+    vocabulary = vocabulary_of(MERGES)
+    vocabulary |= {token: len(vocabulary) + number for number, token in enumerate(added)}
+    return CLIPTokenizer(vocabulary, MERGES, pad_token=END, context_length=77, added=added)
+
+
+def agree(tokenizer: CLIPTokenizer, text: str) -> bool:
+    return tokenizer.encode(text) == tokenizer.encode_fast(text)
+
+
+@pytest.mark.parametrize("text", GOLDEN)
+def test_both_ways_agree_on_golden_texts(clip, text):
+    assert clip.encode(text) == clip.encode_fast(text) == GOLDEN[text]
+
+
+# Characters that Unicode had before the oldest Python here: tables of later ones differ, and the library's count.
+OLD = [range(0x20, 0x7F), range(0xA0, 0x250), range(0x300, 0x36F), range(0x391, 0x3A1), range(0x400, 0x450)]
+OLD += [
+    range(0x2010, 0x2030),
+    range(0x2150, 0x2180),
+    range(0x3041, 0x3090),
+    range(0x4E00, 0x4F00),
+    range(0x1F300, 0x1F500),
+]
+RULES = [
+    "'s",
+    "'T",
+    "'re",
+    "!'ll",
+    END,
+    START,
+    START.upper(),
+    "<cat>",
+    "<CAT>_1",
+    "my-word",
+    "étoile",
+    "\x1c",
+    "\x0b",
+    "İ",
+    "Σ",
+]
+
+
+def random_texts(number: int, ascii_only: bool) -> list[str]:
+    dice = random.Random(0)
+    planes = [range(0x80)] if ascii_only else OLD
+    parts = [part for part in RULES if part.isascii() or not ascii_only]
+
+    def piece() -> str:
+        return dice.choice(parts) if dice.random() < 0.2 else chr(dice.choice(dice.choice(planes)))
+
+    return ["".join(piece() for _ in range(dice.randrange(1, 30))) for _ in range(number)]
+
+
+@pytest.mark.parametrize("ascii_only", (True, False))
+@pytest.mark.parametrize("make", (CLIPTokenizer.clip, lambda: TOKENIZER, unusual, vectors_added))
+def test_both_ways_agree_on_random_texts(make, ascii_only):
+    tokenizer = make()
+    assert [text for text in random_texts(3000, ascii_only) if not agree(tokenizer, text)] == []
+
+
+@pytest.mark.parametrize("character", [chr(n) for n in range(0x80)], ids=ascii)
+def test_every_ascii_character_alone(clip, character):
+    """Prompts in ASCII never reach the library."""
+    assert all(agree(clip, text) for text in (character, f"x{character}y1{character}", f"'{character}"))
+
+
+def test_long_texts_are_the_librarys(clip):
+    """Pair by pair, a word of a million letters would take days."""
+    assert clip("a" * 1_000_000).shape == (1, 77)
+
+
+@pytest.mark.parametrize(
+    ("text", "back"),
+    (
+        ("A photograph of an astronaut, 1969!", "a photograph of an astronaut , 1 9 6 9 !"),
+        ("naïve café 😀 中文", "naïve café 😀 中文"),
+        ("", ""),
+    ),
+)
+def test_decode(clip, text, back):
+    assert clip.decode(clip(text)[0]) == clip.decode(clip(text)[0].tolist()) == back
+
+
+def test_decode_added_tokens():
+    tokenizer = vectors_added()
+    assert tokenizer.decode(tokenizer("red <cat> cat")[0]) == "red <cat> <cat>_1 cat"
+
+
+# ------------------------------------------------ files from strangers
+
+
+@pytest.mark.parametrize("kind", ("WordPiece", "Unigram", "WordLevel", 3))
+def test_another_algorithm_is_refused(tmp_path, kind):
+    stored = {"model": {"type": kind, "vocab": TOKENIZER.vocabulary, "merges": []}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(stored))
+    with pytest.raises(CheckpointError, match="not a byte-pair tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+@pytest.mark.parametrize("name", ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"))
+def test_a_named_pipe_does_not_block(tmp_path, name):
+    write_folder(TOKENIZER, tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_vocabulary_of_half_characters_is_refused(tmp_path):
+    write_folder(TOKENIZER, tmp_path)
+    (tmp_path / "vocab.json").write_text(json.dumps(TOKENIZER.vocabulary | {"\ud800": 600}))
+    with pytest.raises(CheckpointError, match="not valid Unicode"):
+        load_tokenizer(tmp_path)

@@ -24,10 +24,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from minisd.checkpoint.errors import CheckpointError
-from minisd.checkpoint.finding import find
 from minisd.checkpoint.hub import sha256
-from minisd.checkpoint.textfiles import write_whole
+from minisd.checkpoint.survey import find
+from minisd.files import CheckpointError, write_whole
 from minisd.lab.parity.cases import Case
 from minisd.lab.parity.opening import DTYPES
 from minisd.lab.parity.verdict import EXIT_STATUS, Verdict

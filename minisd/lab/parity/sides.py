@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minisd.checkpoint.errors import CheckpointError
 from minisd.checkpoint.keymap import COMPONENTS, KEYS
+from minisd.files import CheckpointError
 from minisd.lab.hooks import Listener
 from minisd.lab.parity.calls import first_tensor
 from minisd.lab.parity.cases import Case
@@ -258,7 +258,7 @@ def diffusers_side(path: str, name: str | None = None, dtype: torch.dtype = torc
         import transformers
     except ImportError:
         raise ValueError("diffusers is not installed: pip install 'minisd[parity]'") from None
-    from minisd.checkpoint.reading import open_checkpoint
+    from minisd.checkpoint.load import open_checkpoint
 
     config = open_checkpoint(path, dtype=dtype).config  # says what is wrong with the files in one sentence
     for library in (transformers, diffusers):

@@ -41,8 +41,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 import minisd
-from minisd.checkpoint.errors import CheckpointError
-from minisd.checkpoint.textfiles import write_whole
+from minisd.files import CheckpointError, write_whole
 from minisd.lab.hooks import Listener
 from minisd.lab.parity.calls import first_tensor, tensors_in
 from minisd.lab.parity.cases import Case

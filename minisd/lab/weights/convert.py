@@ -5,8 +5,7 @@
 
 Values stream from file to file (see `streaming.py`). What a folder has no place for travels along: what stood beside
 the model in a single file goes to `leftovers.safetensors`, with the file's metadata, and comes back from there (see
-`baggage.py`). A
-result has its name only when it is whole and was checked.
+`leftovers.py`). A result has its name only when it is whole and was checked.
 """
 
 import os
@@ -19,16 +18,16 @@ from tempfile import TemporaryDirectory
 import torch
 
 from minisd.checkpoint import configs
-from minisd.checkpoint.building import read_tokenizer
-from minisd.checkpoint.errors import CheckpointError
-from minisd.checkpoint.files import Files, open_files
+from minisd.checkpoint.header import Files, open_files
 from minisd.checkpoint.hub import STEMS, index_name, single_name
 from minisd.checkpoint.keymap import COMPONENTS, COMPVIS_PREFIX, KEYS, Key
+from minisd.checkpoint.load import Checkpoint, check_parts, open_alone, open_checkpoint, read_tokenizer
 from minisd.checkpoint.naming import EMBEDDING, LORA, stranger
-from minisd.checkpoint.reading import Checkpoint, Component, check_fit, open_alone, open_checkpoint
 from minisd.checkpoint.save import check_replaceable, into_place, write_json, write_settings
+from minisd.checkpoint.survey import Part
 from minisd.checkpoint.values import Values
-from minisd.lab.weights import baggage
+from minisd.files import CheckpointError
+from minisd.lab.weights import leftovers
 from minisd.lab.weights.pickles import unpickle
 from minisd.lab.weights.streaming import Entry, copied, weight, write_file
 
@@ -48,13 +47,29 @@ class Job:
     leftovers: list[Entry]
     metadata: dict[str, str]  # of a single file; of the leftovers in a folder
     shard_size: int | None = None
-    components: dict[str, Component] = field(default_factory=dict)
+    components: dict[str, Part] = field(default_factory=dict)
     recipe: dict[str, str] = field(default_factory=dict)  # metadata for every file: how a merge was made
 
     @property
     def bytes(self) -> int:
         """What will be written, but for headers and settings."""
         return sum(one.bytes for part in (*self.entries.values(), self.leftovers) for one in part)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What is asked for; see `convert`. `take`: components to have from elsewhere."""
+
+    source: str | os.PathLike[str]
+    target: str | os.PathLike[str]
+    layout: str | None = None
+    component: str | None = None
+    dtype: torch.dtype | None = None
+    weights: str = "auto"
+    lean: bool = False
+    shard_size: int | None = None
+    take: Mapping[str, str | os.PathLike[str]] = field(default_factory=dict)
+    prediction: str | None = None
 
 
 def convert(
@@ -68,6 +83,7 @@ def convert(
     lean: bool = False,
     shard_size: int | None = None,
     from_pickle: bool = False,
+    prediction: str | None = None,
     advance: Advance = lambda _: None,
 ) -> Path:
     """Write the model at `source` to `target` in another form; returns `target`.
@@ -76,11 +92,19 @@ def convert(
     "unet", "vae" or "text_encoder". `dtype`: cast every weight; None keeps each one's own. `weights`: "auto", "ema" or
     "raw", where there are two sets. `lean` leaves out what is not the model. `shard_size`: at most so many bytes a file
     (diffusers' layout). `from_pickle`: the source is a `.ckpt`, `.pt` or `.bin` (see `pickles.py`); nothing in it is
-    executed. `advance` is told of every piece written. Raises CheckpointError for a source that cannot be
-    used, ValueError for settings that are impossible, FileExistsError where something else than a model is in the way.
+    executed. `prediction`: "epsilon", "v_prediction" or "sample", where the source does not say what its UNet predicts,
+    or says it wrongly. `advance` is told of every piece written.
+
+    Raises CheckpointError for a source that cannot be used, ValueError for settings that are impossible,
+    FileExistsError where something else than a model is in the way.
     """
     with opened(source, target, from_pickle) as readable:
-        job = plan(readable, target, layout, component, dtype, weights, lean, shard_size)
+        job = plan(
+            Conversion(
+                source=readable, target=target, layout=layout, component=component, dtype=dtype, weights=weights,
+                lean=lean, shard_size=shard_size, prediction=prediction,
+            )
+        )  # fmt: skip
         into_place(job.target, lambda place: run(job, place, advance))
     return job.target
 
@@ -106,47 +130,52 @@ def opened(
             raise CheckpointError(str(error).replace(str(copy), str(path))) from None
 
 
-def plan(
-    source: str | os.PathLike[str],
-    target: str | os.PathLike[str],
-    layout: str | None,
-    component: str | None,
-    dtype: torch.dtype | None,
-    weights: str,
-    lean: bool,
-    shard_size: int | None,
-    take: Mapping[str, str | os.PathLike[str]] | None = None,
-) -> Job:
-    """Read the headers and settle everything. Nothing is written. `take`: components to have from elsewhere."""
-    destination = Path(os.path.expanduser(target))
-    layout = layout or ("compvis" if destination.suffix == ".safetensors" else "diffusers")
-    check(destination, layout, component, dtype, shard_size)
-    check_apart(destination, [source])
-    if component is not None:
-        part = open_alone(source, component, weights=weights)
-        entries = {component: rename(part, component, layout, dtype)}
-        metadata = baggage.of_component(component, part.config, entries[component])
-        return Job(
-            target=destination, layout=layout, checkpoint=None, entries=entries, leftovers=[], metadata=metadata,
-            shard_size=shard_size, components={component: part},
-        )  # fmt: skip
-    adapter = adapter_file(source)
-    if adapter is not None and not take:
-        return as_it_is(adapter, destination)
-    take = take or {}
-    checkpoint = open_checkpoint(source, dtype=None, weights=weights, vae=take.get("vae"))
-    for name in take.keys() - {"vae"}:
-        checkpoint.components[name] = open_alone(take[name], name, weights=weights)
-    check_fit(checkpoint)
-    entries = {name: rename(part, name, layout, dtype) for name, part in checkpoint.components.items()}
-    beside, metadata = (None, {}) if lean else baggage.beside(checkpoint)
-    leftovers = [copied(beside, name, name, info.shape) for name, info in beside.tensors.items()] if beside else []
+def plan(wanted: Conversion) -> Job:
+    """Read the headers and settle everything. Nothing is written."""
+    target = Path(os.path.expanduser(wanted.target))
+    layout = wanted.layout or ("compvis" if target.suffix == ".safetensors" else "diffusers")
+    check(target, layout, wanted)
+    check_apart(target, [wanted.source])
+    if wanted.component is not None:
+        return plan_component(wanted, wanted.component, target, layout)
+    adapter = adapter_file(wanted.source)
+    if adapter is not None and not wanted.take:
+        return as_it_is(adapter, target)
+    return plan_model(wanted, target, layout)
+
+
+def plan_component(wanted: Conversion, component: str, target: Path, layout: str) -> Job:
+    """A component alone."""
+    part = open_alone(wanted.source, component, weights=wanted.weights)
+    entries = rename(part, component, layout, wanted.dtype)
+    return Job(
+        target=target, layout=layout, checkpoint=None, entries={component: entries}, leftovers=[],
+        metadata=leftovers.of_component(component, part.config, entries), shard_size=wanted.shard_size,
+        components={component: part},
+    )  # fmt: skip
+
+
+def plan_model(wanted: Conversion, target: Path, layout: str) -> Job:
+    """A whole model, with what stands beside it."""
+    vae = wanted.take.get("vae")
+    checkpoint = open_checkpoint(
+        wanted.source, dtype=None, weights=wanted.weights, vae=vae, prediction=wanted.prediction
+    )
+    for name in wanted.take.keys() - {"vae"}:
+        checkpoint.components[name] = open_alone(wanted.take[name], name, weights=wanted.weights)
+    check_parts(checkpoint)
+    entries = {name: rename(part, name, layout, wanted.dtype) for name, part in checkpoint.components.items()}
+    beside, metadata = (None, {}) if wanted.lean else leftovers.beside(checkpoint)
+    spare = [copied(beside, name, name, info.shape) for name, info in beside.tensors.items()] if beside else []
+    if wanted.prediction not in (None, "v_prediction"):  # a marker tensor would say otherwise
+        spare = [one for one in spare if one.name != "v_pred"]
     if layout == "compvis":
         weights_of_all = [one for part in entries.values() for one in part]
-        metadata = baggage.with_settings(metadata, checkpoint, weights_of_all, [one.name for one in leftovers])
+        others = [one.name for one in spare]
+        metadata = leftovers.with_settings(metadata, checkpoint, weights_of_all, others, target.stem)
     return Job(
-        target=destination, layout=layout, checkpoint=checkpoint, entries=entries, leftovers=leftovers,
-        metadata=metadata, shard_size=shard_size, components=checkpoint.components,
+        target=target, layout=layout, checkpoint=checkpoint, entries=entries, leftovers=spare,
+        metadata=metadata, shard_size=wanted.shard_size, components=checkpoint.components,
     )  # fmt: skip
 
 
@@ -167,8 +196,9 @@ def as_it_is(files: Files, target: Path) -> Job:
     )
 
 
-def check(target: Path, layout: str, component: str | None, dtype: torch.dtype | None, shard_size: int | None) -> None:
+def check(target: Path, layout: str, wanted: Conversion) -> None:
     """Raise for settings that make no sense, and for a place that is taken."""
+    component, dtype, shard_size = wanted.component, wanted.dtype, wanted.shard_size
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r}: must be one of {', '.join(LAYOUTS)}")
     if component is not None and component not in COMPONENTS:
@@ -195,7 +225,7 @@ def check_apart(target: Path, sources: Iterable[str | os.PathLike[str]]) -> None
             raise ValueError(f"{target}: would replace {source}, which is read; choose another name")
 
 
-def rename(part: Component, component: str, layout: str, dtype: torch.dtype | None) -> list[Entry]:
+def rename(part: Part, component: str, layout: str, dtype: torch.dtype | None) -> list[Entry]:
     """A component's tensors under the names and in the shapes of a layout."""
     values = Values(part.files, part.match)
     return [
@@ -230,7 +260,7 @@ def run(job: Job, place: Path, advance: Advance) -> None:
         words = read_tokenizer(job.checkpoint, None)
         write_settings(place, job.checkpoint.config, words, job.checkpoint.generation)
         if job.leftovers or job.metadata:
-            write_file(place / baggage.LEFTOVERS, job.leftovers, job.metadata, advance)
+            write_file(place / leftovers.FILE, job.leftovers, job.metadata, advance)
 
 
 def write_shards(

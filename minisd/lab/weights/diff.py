@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from minisd.checkpoint.errors import CheckpointError
 from minisd.checkpoint.keymap import COMPONENTS
 from minisd.checkpoint.naming import TITLES
+from minisd.checkpoint.survey import Part
 from minisd.checkpoint.values import Values
-from minisd.lab.weights.inspect import Part, Report, inspect
+from minisd.files import CheckpointError
+from minisd.lab.weights.inspect import Report, inspect
 
 MOVERS = 10  # weights that are listed because they changed most
 
@@ -133,15 +134,16 @@ def compare(
 
 def other_settings(left: Part, right: Part) -> Iterable[str]:
     """What the configurations of a component do not have in common."""
-    for name, value in left.config.items():
-        if right.config.get(name) != value:
-            yield f"{TITLES[left.component]}: {name} is {value} in A and {right.config.get(name)} in B"
+    for name, value in vars(left.config).items():
+        if getattr(right.config, name) != value:
+            yield f"{TITLES[left.component]}: {name} is {value} in A and {getattr(right.config, name)} in B"
 
 
 def other_hints(one: Report, other: Report) -> Iterable[tuple[str, str]]:
     """What only one of two files says of how it wants to be sampled."""
     for side, mine, theirs in (("A", one.hints, other.hints), ("B", other.hints, one.hints)):
-        yield from ((side, hint) for hint in mine if hint not in theirs)
+        said = {hint.partition(" (")[0] for hint in theirs}  # wherever it says so
+        yield from ((side, hint) for hint in mine if hint.partition(" (")[0] not in said)
 
 
 def common(one: Report, other: Report) -> dict[str, tuple[Part, Part]]:
@@ -263,15 +265,15 @@ def lines(difference: Difference) -> Iterable[str]:
 
 
 def bars(blocks: Mapping[str, Sum], width: int = 720) -> Image.Image:
-    """A picture: for each block a bar as long as its relative change."""
+    """A bar chart: the relative change of each block."""
     line, left = 16, 230
     most = max((one.relative for one in blocks.values() if math.isfinite(one.relative)), default=0.0) or 1.0
-    picture = Image.new("RGB", (width, line * len(blocks) + 2 * line), "white")
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size=11)
+    image = Image.new("RGB", (width, line * len(blocks) + 2 * line), "white")
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=11)
     for row, (name, one) in enumerate(blocks.items()):
         y = line + row * line
         length = (width - left - 90) * min(1.0, one.relative / most)
         pen.text((8, y), name, fill="black", font=font)
         pen.rectangle((left, y + 2, left + max(0.0, length), y + line - 4), fill=(70, 110, 190))
         pen.text((left + length + 6, y), f"{one.relative:.2%}", fill=(90, 90, 90), font=font)
-    return picture
+    return image

@@ -18,11 +18,13 @@ from torch import Tensor
 
 from minisd.adapters.targets import Target, layers
 from minisd.adapters.writing import checked_path, write_lora
-from minisd.checkpoint.errors import CheckpointError
-from minisd.checkpoint.finding import Found, find
+from minisd.checkpoint.hub import sha256
 from minisd.checkpoint.naming import TITLES
+from minisd.checkpoint.save import modelspec
+from minisd.checkpoint.survey import Part, find, survey
 from minisd.checkpoint.values import Values
-from minisd.lab.weights.scan import sha256
+from minisd.config import SD15
+from minisd.files import CheckpointError
 
 Source = str | os.PathLike[str]
 
@@ -93,7 +95,7 @@ def extract(
     return done
 
 
-def common(a: Source, b: Source) -> dict[str, tuple[Found, Found]]:
+def common(a: Source, b: Source) -> dict[str, tuple[Part, Part]]:
     """The UNet and the text encoder of both, as far as both have them; they must be complete and of one shape."""
     one, other = find(a), find(b)
     pairs = {name: (one[name], other[name]) for name in TARGETS if name in one and name in other}
@@ -119,7 +121,7 @@ def learnt_words(name: str, a: tuple[int, ...], b: tuple[int, ...]) -> str:
 
 
 def changed_layers(
-    component: str, one: Found, other: Found, rank: int, kept: Kept, advance: Callable[[int], object]
+    component: str, one: Part, other: Part, rank: int, kept: Kept, advance: Callable[[int], object]
 ) -> Iterator[tuple[Target, Tensor, Tensor]]:
     """Each layer that differs, with its factors; what they hold is added up in `kept`."""
     a, b = Values(one.files, one.match), Values(other.files, other.match)
@@ -142,7 +144,7 @@ def changed_layers(
         yield layer, down, up
 
 
-def too_large(name: str, *sides: tuple[Values, Found]) -> str:
+def too_large(name: str, *sides: tuple[Values, Part]) -> str:
     """Which file makes this difference endless, or NaN."""
     for values, found in sides:
         if not values[name].isfinite().all():
@@ -168,22 +170,24 @@ def factored(difference: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     return down.reshape(rank, *difference.shape[1:]), up.reshape(len(up), rank, *ones), energy
 
 
-def told(done: Extract, a: Source, b: Source, pairs: Mapping[str, tuple[Found, Found]]) -> dict[str, str]:
+def told(done: Extract, a: Source, b: Source, pairs: Mapping[str, tuple[Part, Part]]) -> dict[str, str]:
     """The metadata."""
     sources = {
         side: {"name": Path(path).name, "sha256": sums(pair[index] for pair in pairs.values())}
         for index, (side, path) in enumerate((("a", a), ("b", b)))
     }
+    size = pairs["unet"][1].config.sample_size if "unet" in pairs else SD15.unet.sample_size
     errors = {name: round(kept.error, 6) for name, kept in done.components.items()}
     facts = {"sources": sources, "rank": done.rank, "relative_error": errors}
     return {
+        **modelspec(done.path.stem, survey(b).schedule.prediction, size * SD15.vae.downsampling, "/lora"),
         "minisd.extract": json.dumps(facts),
         "ss_network_dim": str(done.rank),
         "ss_network_alpha": str(done.rank),
     }
 
 
-def sums(several: Iterable[Found]) -> dict[str, str]:
+def sums(several: Iterable[Part]) -> dict[str, str]:
     """The sha256 of every file that components are in."""
     paths = dict.fromkeys(path for found in several for path in found.files.location.values())
     return {f"{path.parent.name}/{path.name}": sha256(path) for path in paths}

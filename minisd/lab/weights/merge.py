@@ -1,8 +1,8 @@
-"""Checkpoints mixed into one: weighted sums, differences, walks on the sphere, by block; other components, LoRAs.
+"""Several checkpoints into one: weighted sums, differences, spherical interpolation, by block; components, LoRAs.
 
     merge("a.safetensors", "b.safetensors", "ab.safetensors", weight=0.3)        # 70 % of A, 30 % of B
     merge("a.safetensors", "b.safetensors", "new.safetensors", minus="base.safetensors", weight=1.0)
-    merge("a.safetensors", None, "painter.safetensors", take={"vae": "vae-ft-mse.safetensors"})
+    merge("a.safetensors", None, "other-vae.safetensors", take={"vae": "vae-ft-mse.safetensors"})
 
 The result is A in everything but the values: A's dtypes, A's schedule buffers and other integers, A's tokenizer. It
 streams as `convert` does: a few rows of each model are in memory at a time. How it was made, and of which files, stands
@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,15 +22,16 @@ import torch
 from torch import Tensor
 
 from minisd.adapters.lora import Change, LoRA, baked_together, open_lora
-from minisd.checkpoint.errors import CheckpointError
-from minisd.checkpoint.files import Files
-from minisd.checkpoint.finding import Found, find
+from minisd.checkpoint.header import Files
 from minisd.checkpoint.hub import sha256
 from minisd.checkpoint.keymap import COMPONENTS, KEYS, Key
+from minisd.checkpoint.load import Checkpoint
 from minisd.checkpoint.naming import TITLES, ignorable
 from minisd.checkpoint.save import into_place
+from minisd.checkpoint.survey import AVERAGED, Part, find, survey
 from minisd.checkpoint.values import Values
-from minisd.lab.weights.convert import Advance, Job, check_apart, plan, run
+from minisd.files import CheckpointError
+from minisd.lab.weights.convert import Advance, Conversion, Job, check_apart, plan, run
 from minisd.lab.weights.streaming import NAMES, Entry, Made
 
 Source = str | os.PathLike[str]
@@ -43,12 +44,50 @@ PARALLEL = 0.9995  # cosine from which an arc and its chord are the same in floa
 STILL_TRUE = ("schedule buffers", "position ids", "sampler settings")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Merge:
+    """What is asked for; see `merge`. Raises ValueError for settings that make no sense."""
+
+    a: Source
+    b: Source | None
+    target: Source
+    weight: float = 0.5
+    minus: Source | None = None
+    slerp: bool = False
+    blocks: Sequence[float] | None = None
+    take: Mapping[str, Source] = field(default_factory=dict)
+    loras: Sequence[tuple[Source, float]] = ()
+    layout: str | None = None
+    dtype: torch.dtype | None = None
+    weights: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.b is None and not self.take and not self.loras:
+            raise ValueError("nothing to do: give a second model, a component to take, or a LoRA")
+        if self.b is None and (self.minus is not None or self.slerp or self.blocks is not None):
+            raise ValueError("minus, slerp and blocks say how a second model comes in: give one")
+        if self.minus is not None and self.slerp:
+            raise ValueError("slerp and minus exclude each other: an arc has two ends")
+        for number in (self.weight, *(self.blocks or ()), *(scale for _, scale in self.loras)):
+            if not math.isfinite(number):
+                raise ValueError(f"{number}: a weight or scale must be a finite number")
+        for name in self.take:
+            if name not in COMPONENTS:
+                raise ValueError(f"take={name!r}: must be one of {', '.join(COMPONENTS)}")
+
+    @property
+    def others(self) -> list[Source]:
+        """Every source but A."""
+        paths = (self.b, self.minus, *self.take.values(), *(path for path, _ in self.loras))
+        return [path for path in paths if path is not None]
+
+
 @dataclass(frozen=True)
 class Mixture:
     """How B, and C, come into A. `weight` is w where `blocks` does not say another."""
 
-    b: Mapping[str, Found]
-    c: Mapping[str, Found] | None
+    b: Mapping[str, Part]
+    c: Mapping[str, Part] | None
     weight: float
     blocks: tuple[float, ...] | None
     slerp: bool
@@ -80,71 +119,60 @@ def merge(
 
     Raises CheckpointError for what cannot be read or does not fit together, ValueError for impossible settings.
     """
-    job = prepare(a, b, target, weight, minus, slerp, blocks, take or {}, loras, layout, dtype, weights)
+    wanted = Merge(
+        a=a, b=b, target=target, weight=weight, minus=minus, slerp=slerp, blocks=blocks, take=take or {}, loras=loras,
+        layout=layout, dtype=dtype, weights=weights,
+    )  # fmt: skip
+    job = prepare(wanted)
     into_place(job.target, lambda place: run(job, place, advance))
     return job.target
 
 
-def prepare(
-    a: Source,
-    b: Source | None,
-    target: Source,
-    weight: float,
-    minus: Source | None,
-    slerp: bool,
-    blocks: Sequence[float] | None,
-    take: Mapping[str, Source],
-    loras: Sequence[tuple[Source, float]],
-    layout: str | None,
-    dtype: torch.dtype | None,
-    weights: str,
-) -> Job:
+def prepare(wanted: Merge) -> Job:
     """Read the headers, and the sources' sums, and settle everything: nothing is written yet."""
-    check(b, weight, minus, slerp, blocks, take, loras)
-    sources = [path for path in (b, minus, *take.values(), *(path for path, _ in loras)) if path is not None]
-    check_apart(Path(os.path.expanduser(target)), sources)
-    find(a, weights)  # says what A is, if it is no model
-    job = plan(a, target, layout, None, dtype, weights, lean=False, shard_size=None, take=take)
+    check_apart(Path(os.path.expanduser(wanted.target)), wanted.others)
+    find(wanted.a, wanted.weights)  # says what A is, if it is no model
+    conversion = Conversion(
+        source=wanted.a, target=wanted.target, layout=wanted.layout, dtype=wanted.dtype, weights=wanted.weights,
+        take=wanted.take,
+    )  # fmt: skip
+    job = plan(conversion)
     assert job.checkpoint is not None  # it is a whole model
-    mixture = None
-    if b is not None:
-        subtracted = find(minus, weights) if minus is not None else None
-        mixture = Mixture(find(b, weights), subtracted, weight, tuple(blocks) if blocks else None, slerp)
-    adapters = [(open_lora(path, job.checkpoint.config), scale) for path, scale in loras]
+    mixture = mixture_of(wanted, job.checkpoint)
+    adapters = [(open_lora(path, job.checkpoint.config), scale) for path, scale in wanted.loras]
     entries = {
-        component: list(changed(job, component, None if component in take else mixture, adapters, dtype))
+        component: list(changed(job, component, None if component in wanted.take else mixture, adapters, wanted.dtype))
         for component in job.entries
     }
-    how = {"weight": weight, "blocks": blocks and list(blocks), "slerp": slerp} if mixture else {}
-    recipe = {**how, "weights": weights, "loras": [{"name": Path(path).name, "scale": scale} for path, scale in loras]}
-    hashes = hashes_of(job, mixture, take, [path for path, _ in loras])
     leftovers = [one for one in job.leftovers if ignorable(one.name) in STILL_TRUE]
-    told = {RECIPE: json.dumps({"recipe": recipe, "sources": hashes})}
-    return replace(job, entries=entries, leftovers=leftovers, recipe=told)
+    return replace(job, entries=entries, leftovers=leftovers, recipe=recipe_of(wanted, job, mixture))
 
 
-def check(
-    b: Source | None,
-    weight: float,
-    minus: Source | None,
-    slerp: bool,
-    blocks: Sequence[float] | None,
-    take: Mapping[str, Source],
-    loras: Sequence[tuple[Source, float]],
-) -> None:
-    """Raise ValueError for settings that make no sense."""
-    if b is None and not take and not loras:
-        raise ValueError("nothing to do: give a second model, a component to take, or a LoRA")
-    if b is None and (minus is not None or slerp or blocks is not None):
-        raise ValueError("minus, slerp and blocks say how a second model comes in: give one")
-    if minus is not None and slerp:
-        raise ValueError("slerp and minus exclude each other: an arc has two ends")
-    for number in (weight, *(blocks or ()), *(scale for _, scale in loras)):
-        if not math.isfinite(number):
-            raise ValueError(f"{number}: a weight or scale must be a finite number")
-    for name in take:
-        if name not in COMPONENTS:
-            raise ValueError(f"take={name!r}: must be one of {', '.join(COMPONENTS)}")
+def mixture_of(wanted: Merge, checkpoint: Checkpoint) -> Mixture | None:
+    """The models that come into A. A note says so where their UNets do not predict the same."""
+    if wanted.b is None:
+        return None
+    predicted = checkpoint.survey.schedule.prediction
+    for letter, source in (("B", wanted.b), ("C", wanted.minus)):
+        found = survey(source, weights=wanted.weights) if source is not None else None
+        other = found.schedule.prediction if found and found.parts.keys() & {"unet", AVERAGED} else predicted
+        if other != predicted:
+            checkpoint.notes.append(
+                f"A's UNet predicts {predicted}, {letter}'s {other}: their mixture does neither well"
+            )
+    subtracted = find(wanted.minus, wanted.weights) if wanted.minus is not None else None
+    blocks = tuple(wanted.blocks) if wanted.blocks else None
+    return Mixture(find(wanted.b, wanted.weights), subtracted, wanted.weight, blocks, wanted.slerp)
+
+
+def recipe_of(wanted: Merge, job: Job, mixture: Mixture | None) -> dict[str, str]:
+    """How the result was made, as metadata."""
+    blocks = wanted.blocks and list(wanted.blocks)
+    how = {"weight": wanted.weight, "blocks": blocks, "slerp": wanted.slerp} if mixture else {}
+    loras = [{"name": Path(path).name, "scale": scale} for path, scale in wanted.loras]
+    recipe = {**how, "weights": wanted.weights, "loras": loras}
+    hashes = hashes_of(job, mixture, wanted.take, [path for path, _ in wanted.loras])
+    return {RECIPE: json.dumps({"recipe": recipe, "sources": hashes})}
 
 
 # ---- one weight ------------------------------------------------------------------------------------------
@@ -193,6 +221,7 @@ def blender(component: str, a: Values, keys: Sequence[Key], mixture: Mixture) ->
                 return lambda key: None  # B is not a whole model: of A's other components nothing changes
             raise CheckpointError(f"C has no {TITLES[component]}, but A and B have one")
         others.append(fitting(found[component], a, letter))
+    check_difference(others)
     shares = shares_of(component, keys, mixture)
 
     def blend(key: Key) -> Rows | None:
@@ -201,7 +230,7 @@ def blender(component: str, a: Values, keys: Sequence[Key], mixture: Mixture) ->
     return blend
 
 
-def fitting(found: Found, a: Values, letter: str) -> Values:
+def fitting(found: Part, a: Values, letter: str) -> Values:
     """The component's values. Raises CheckpointError where they do not fit A's."""
     found.problems.raise_for(str(found.files.path))
     values = Values(found.files, found.match)
@@ -214,8 +243,21 @@ def fitting(found: Found, a: Values, letter: str) -> Values:
     return values
 
 
+def check_difference(others: Sequence[Values]) -> None:
+    """Raise CheckpointError where B - C does not exist: one is an inpainting model, the other is not."""
+    if len(others) < 2:
+        return
+    b, c = others
+    for name in b:
+        if b.shape(name) != c.shape(name):
+            shapes = f"B's {name} is {b.shape(name)}, C's is {c.shape(name)} ({c.files.path})"
+            raise CheckpointError(
+                f"{b.files.path}: {shapes}: they have no difference; give two of the same channels in"
+            )
+
+
 def fewer_channels(theirs: tuple[int, ...], ours: tuple[int, ...]) -> bool:
-    """Is it a model for text alone, where ours takes a mask and a picture too?"""
+    """Is it a model for text alone, where ours takes a mask and an image too?"""
     return theirs[1] < ours[1] and theirs[:1] + theirs[2:] == ours[:1] + ours[2:]
 
 

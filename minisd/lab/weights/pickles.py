@@ -1,8 +1,8 @@
-"""The one door for pickles (`.ckpt`, `.pt`, `.bin`): their tensors, and nothing else, into a safetensors file.
+"""Pickles (`.ckpt`, `.pt`, `.bin`): their tensors, and nothing else, into a safetensors file.
 
 A pickle is a program, and opening it runs it. torch's restricted reader (`weights_only=True`) runs nothing but the
 building of tensors and refuses every other name; what trainers leave in checkpoints (callbacks, configurations) would
-stop it there. So each name that it does not know gets a stand-in that swallows whatever is given to it and does
+stop it there. So each name that it does not know gets a stand-in that takes whatever is given to it and does
 nothing. No class of the file is ever imported, no code of it ever run.
 """
 
@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minisd.checkpoint.errors import CheckpointError
 from minisd.checkpoint.header import read_header
+from minisd.files import CheckpointError
 from minisd.lab.weights.streaming import NAMES, Entry, Made, write_file
 
 PARAMETERS = "torch.nn.modules.container.ParameterDict"

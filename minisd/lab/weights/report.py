@@ -8,50 +8,48 @@ from minisd.checkpoint.header import TensorInfo
 from minisd.checkpoint.keymap import COMPONENTS, COMPVIS_PREFIX, model_keys
 from minisd.checkpoint.naming import TITLES
 from minisd.config import SD15
-from minisd.lab.weights.inspect import Report
+from minisd.files import shown
+from minisd.lab.weights.inspect import Report, naming
 
 SHOWN = 5  # names of a kind
 
 
 def lines(report: Report) -> Iterable[str]:
     """The report for a person."""
-    yield shortened(report.path, 500)
+    yield shown(report.path, 500)
     yield f"  {report.what}"
     yield f"  {report.tensors:,} tensors, {amount(report.bytes)}"
     if report.official:
         yield f"  has the size and the number of tensors of the official {report.official}"
     for name, part in report.parts.items():
-        state = "complete" if part.complete else f"INCOMPLETE, {part.found:,} tensors"
+        state = "complete" if part.complete else f"INCOMPLETE, {len(part.sources):,} tensors"
         dtypes = ", ".join(
             f"{dtype} ({count})" if len(part.dtypes) > 1 else dtype for dtype, count in part.dtypes.items()
         )
         title = name.replace(part.component, TITLES[part.component])
-        yield f"  {title}: {state}; {part.naming}; {dtypes}; {part.parameters:,} parameters, {amount(part.bytes)}"
+        yield f"  {title}: {state}; {naming(part)}; {dtypes}; {part.parameters:,} parameters, {amount(part.bytes)}"
         yield from few("missing", part.missing)
         yield from few("of another shape", part.misshapen)
     for kind, names in report.leftovers.items():
-        yield f"  beside it: {len(names):,} x {kind} ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})"
+        some = ", ".join([*(shown(name, 60) for name in names[:2]), *(["..."] if len(names) > 2 else [])])
+        yield f"  beside it: {len(names):,} x {kind} ({some})"
     for hint in report.hints:
         yield f"  hint: {hint}"
     for key, value in report.metadata.items():
-        yield f"  metadata {key}: {shortened(value)}"
+        yield f"  metadata {shown(key, 60)}: {shown(value, 90)}"
     for warning in report.warnings:
         yield f"  warning: {warning}"
-    yield f"  minisd cannot load it as a model: {report.problem}" if report.problem else "  minisd loads it"
+    yield (
+        f"  minisd cannot load it as a model: {shown(report.problem, 1000)}" if report.problem else "  minisd loads it"
+    )
 
 
 def few(label: str, names: list[str]) -> Iterable[str]:
     """The first names, and how many more."""
     for name in names[:SHOWN]:
-        yield f"    {label}: {name}"
+        yield f"    {label}: {shown(name)}"
     if len(names) > SHOWN:
         yield f"    {label}: and {len(names) - SHOWN:,} more"
-
-
-def shortened(text: str, most: int = 90) -> str:
-    """One line of printable characters: what comes from a file shall not move a terminal's cursor."""
-    clean = "".join(character if character.isprintable() else " " for character in text)
-    return clean if len(clean) <= most else f"{clean[:most]}... ({len(text):,} characters)"
 
 
 def amount(size: int) -> str:
@@ -118,11 +116,11 @@ def file_table(report: Report) -> Iterable[tuple[str, str, str, str]]:
         for ours, name in part.sources.items():
             used.add((id(part.files), name))
             info = part.files.tensors[name]
-            yield f"{title}.{ours}", name, info.dtype, shape_text(info.shape)
+            yield f"{title}.{ours}", shown(name), info.dtype, shape_text(info.shape)
     for files in report.files:
         for name, info in files.tensors.items():
             if (id(files), name) not in used:
-                yield "-", name, info.dtype, shape_text(info.shape)
+                yield "-", shown(name), info.dtype, shape_text(info.shape)
 
 
 def shape_text(shape: tuple[int, ...]) -> str:

@@ -14,8 +14,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from minisd.checkpoint.files import Files
-from minisd.checkpoint.header import DTYPE_BITS, read_header
+from minisd.checkpoint.header import DTYPE_BITS, Files, read_header
 from minisd.checkpoint.values import DTYPES, Values
 
 PIECE = 1_000_000  # bytes copied at a time: what fits into a processor's cache is copied fastest

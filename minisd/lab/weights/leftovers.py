@@ -10,18 +10,17 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from minisd.checkpoint import configs
-from minisd.checkpoint.building import read_tokenizer
-from minisd.checkpoint.errors import CheckpointError
-from minisd.checkpoint.files import Files, open_files
-from minisd.checkpoint.header import TensorInfo
+from minisd.checkpoint.header import Files, TensorInfo, open_files
+from minisd.checkpoint.infer import INFER
 from minisd.checkpoint.keymap import COMPVIS_PREFIX, model_keys
-from minisd.checkpoint.naming import INFER, ignorable, namings
-from minisd.checkpoint.reading import Checkpoint, files_at, prediction_hints
-from minisd.checkpoint.save import settings_as_metadata
-from minisd.config import SD15
+from minisd.checkpoint.load import Checkpoint, read_tokenizer
+from minisd.checkpoint.naming import ignorable, namings
+from minisd.checkpoint.save import modelspec_of, settings_as_metadata
+from minisd.checkpoint.schedule import Stated, understand
+from minisd.files import CheckpointError
 from minisd.lab.weights.streaming import Entry
 
-LEFTOVERS = "leftovers.safetensors"
+FILE = "leftovers.safetensors"
 SETTINGS = ("minisd.config", "minisd.tokenizer", "minisd.generation")  # what `sd.save` writes into the metadata
 
 
@@ -32,10 +31,10 @@ def beside(checkpoint: Checkpoint) -> tuple[Files | None, dict[str, str]]:
     settings of 8-bit weights whose scales were applied.
     """
     if checkpoint.path.is_dir():
-        path = checkpoint.path / LEFTOVERS
+        path = checkpoint.path / FILE
         files = open_files([path], path) if path.is_file() else None
         return files, dict(files.metadata) if files else {}
-    files = files_at(checkpoint.path)
+    files = checkpoint.survey.sets[""]
     parts = checkpoint.components.values()
     gone = {name for part in parts for name in part.match.used}
     keys = model_keys(checkpoint.config).items()
@@ -47,20 +46,33 @@ def beside(checkpoint: Checkpoint) -> tuple[Files | None, dict[str, str]]:
 
 
 def with_settings(
-    metadata: Mapping[str, str], checkpoint: Checkpoint, entries: Sequence[Entry], others: Collection[str]
+    metadata: Mapping[str, str],
+    checkpoint: Checkpoint,
+    entries: Sequence[Entry],
+    others: Collection[str],
+    title: str,
 ) -> dict[str, str]:
     """A single file's metadata, with the model's settings as they are now; without any where the shapes tell them.
 
-    `entries`: the model's tensors in that file; `others`: the names of those beside it.
+    `entries`: the model's tensors in that file; `others`: the names of those beside it; `title`: what to call a model
+    that has no title yet.
     """
     fresh = settings_as_metadata(checkpoint.config, read_tokenizer(checkpoint, None), checkpoint.generation)
+    standard = modelspec_of(checkpoint.config, title)
     stored = {name: metadata[name] for name in SETTINGS if name in metadata}
     if {name: as_json(text) for name, text in stored.items()} == {name: as_json(text) for name, text in fresh.items()}:
         return dict(metadata)
-    if metadata and not stored and fresh.keys() == {"minisd.config"} and are_implied(checkpoint, entries, others):
+    if (
+        metadata
+        and not stored
+        and fresh.keys() == {"minisd.config"}
+        and are_implied(checkpoint, metadata, entries, others)
+    ):
         return dict(metadata)
     foreign = {name: text for name, text in metadata.items() if name not in SETTINGS}
-    return {"format": "pt"} | foreign | fresh
+    if foreign.keys() & standard.keys():  # it has a title and so on already; what it predicts may have changed
+        standard = {"modelspec.prediction_type": standard["modelspec.prediction_type"]}
+    return {"format": "pt"} | foreign | standard | fresh
 
 
 def as_json(text: str) -> Any:
@@ -71,10 +83,12 @@ def as_json(text: str) -> Any:
         return text
 
 
-def are_implied(checkpoint: Checkpoint, entries: Sequence[Entry], others: Collection[str]) -> bool:
+def are_implied(
+    checkpoint: Checkpoint, metadata: Mapping[str, str], entries: Sequence[Entry], others: Collection[str]
+) -> bool:
     """Would a reader of these tensors alone come to the same configuration and schedule?"""
-    schedule = dict(SD15.scheduler) | prediction_hints(others)
-    return checkpoint.scheduler == schedule and all(
+    told = understand(Stated(None, "", others, metadata, None), None)
+    return checkpoint.scheduler == told.settings and all(
         inferred(component, entries) == part.config for component, part in checkpoint.components.items()
     )
 

@@ -1,6 +1,6 @@
 """A zoo of checkpoints: the smallest file of every dialect, and one of every kind of broken file.
 
-    python -m minisd.lab.weights.zoo FOLDER
+    python -m minisd.lab.zoo FOLDER
 
 writes them, 4 MB in all, most of which is headers, with `zoo.json`. That says of each what a careful program does with
 it: "loads" it (as a whole model, the same one in every dialect), "describes" it (it is sound, but no Stable Diffusion
@@ -198,9 +198,16 @@ def companions(keeper: Keeper) -> Iterator[Specimen]:
     groups = ("control_model.input_hint_block.0.bias", "lora_te_x.alpha", "embedding_manager.x", "denoiser.sigmas")
     rest = (*groups, "first_stage_model.loss.logvar", "cond_stage_model.logit_scale")
     yield keeper.write("passengers", keeper.tensors | {name: torch.zeros(1) for name in rest})
-    yield keeper.write("v_prediction", keeper.tensors | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)})
-    described = {"modelspec.architecture": "stable-diffusion-v1", "modelspec.prediction_type": "epsilon"}
-    yield keeper.write("modelspec", keeper.tensors, more=described)
+    unscheduled = json.loads(keeper.metadata["minisd.config"])
+    del unscheduled["scheduler"]
+    silent = {"minisd.config": json.dumps(unscheduled)}  # nothing of minisd's own says what is predicted
+    markers = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    yield keeper.write("v_prediction", keeper.tensors | markers, more=silent)
+    for name, kind in {"modelspec": "epsilon", "modelspec_v": "v"}.items():
+        described = {"modelspec.architecture": "stable-diffusion-v1", "modelspec.prediction_type": kind}
+        yield keeper.write(name, keeper.tensors, more=described | silent)
+    yield keeper.write("yaml_v", keeper.tensors, more=silent)
+    (keeper.root / "yaml_v.yaml").write_text('model:\n  params:\n    parameterization: "v"\n', encoding="utf-8")
     channels = {UNET + "input_blocks.0.0.weight": torch.zeros(4, 9, 3, 3)}
     settings = json.loads(keeper.metadata["minisd.config"])
     settings["unet"]["in_channels"] = 9

@@ -1,0 +1,105 @@
+"""The configuration of a component out of the shapes of its tensors, where no file states it.
+
+Widths, depths and the vocabulary show in shapes; heads, norm groups and the VAE's scaling factor do not, and are those
+of Stable Diffusion 1.x. This file needs the standard library only. Next: `survey.py`.
+"""
+
+from dataclasses import replace
+
+from minisd.checkpoint.configs import MAX_LAYERS, MAX_LEVELS
+from minisd.checkpoint.header import TensorInfo
+from minisd.checkpoint.keymap import ema_name
+from minisd.checkpoint.naming import TEXT_PREFIX, Naming, Tensors, shape_of
+from minisd.config import SD15, TextEncoderConfig, UNetConfig, VAEConfig
+from minisd.files import CheckpointError
+
+
+def infer_unet(tensors: Tensors, naming: Naming) -> UNetConfig:
+    """The UNet's configuration out of its shapes. Heads and norm groups leave no trace there: SD 1.x has 8 and 32."""
+    widths, attention, resnets = unet_levels(tensors, naming)
+    conv_in, conv_out = (shape_of(tensors, naming, name) for name in ("conv_in.weight", "conv_out.weight"))
+    to_k = shape_of(tensors, naming, "middle.0.attention.cross_attn.k.weight")
+    if not widths or conv_in is None or conv_out is None or to_k is None or len(conv_in) != 4 or len(to_k) != 2:
+        raise CheckpointError("the UNet is incomplete: its first or middle layers are missing")
+    return replace(
+        SD15.unet,
+        in_channels=conv_in[1],
+        out_channels=conv_out[0],
+        widths=tuple(widths),
+        attention=tuple(attention),
+        resnets_per_level=resnets,
+        context_width=to_k[1],
+    )
+
+
+def unet_levels(tensors: Tensors, naming: Naming) -> tuple[list[int], list[bool], int]:
+    """Walk down the file's UNet as far as it goes: the width and attention of each level, and its resnets."""
+    diffusers = naming.column == "diffusers"
+
+    def find(name: str) -> TensorInfo | None:
+        return tensors.get(naming.prefix + (ema_name(name) if naming.column == "ema" else name))
+
+    widths: list[int] = []
+    attention: list[bool] = []
+    resnets, block = 0, 1
+    for level in range(MAX_LEVELS):
+        for index in range(MAX_LEVELS):
+            at = f"down_blocks.{level}.resnets.{index}.conv1" if diffusers else f"input_blocks.{block}.0.in_layers.2"
+            norm = f"down_blocks.{level}.attentions.{index}.norm" if diffusers else f"input_blocks.{block}.1.norm"
+            conv = find(f"{at}.weight")
+            if conv is None:
+                break
+            if index == 0:
+                widths.append(conv.shape[0])
+                attention.append(find(f"{norm}.weight") is not None)
+            resnets, block = index + 1, block + 1
+        if len(widths) == level:
+            break
+        block += 1  # CompVis counts the downsampling too
+    return widths, attention, resnets
+
+
+def infer_vae(tensors: Tensors, naming: Naming) -> VAEConfig:
+    """The autoencoder's configuration out of its shapes. Norm groups and the scaling factor are SD 1.x's."""
+    here = "encoder.down_blocks.{}.resnets.{}" if naming.column == "diffusers" else "encoder.down.{}.block.{}"
+    widths: list[int] = []
+    resnets = 0
+    for level in range(MAX_LEVELS):
+        conv = tensors.get(f"{naming.prefix}{here.format(level, 0)}.conv1.weight")
+        if conv is None:
+            break
+        widths.append(conv.shape[0])
+    while f"{naming.prefix}{here.format(0, resnets)}.conv1.weight" in tensors and resnets < MAX_LEVELS:
+        resnets += 1
+    conv_in = shape_of(tensors, naming, "encoder.conv_in.weight")
+    latent = shape_of(tensors, naming, "decoder.conv_in.weight")
+    if not widths or conv_in is None or latent is None or len(conv_in) != 4 or len(latent) != 4:
+        raise CheckpointError("the VAE is incomplete: its first layers are missing")
+    return replace(
+        SD15.vae, image_channels=conv_in[1], latent_channels=latent[1], widths=tuple(widths), resnets_per_level=resnets
+    )
+
+
+def infer_text_encoder(tensors: Tensors, naming: Naming) -> TextEncoderConfig:
+    """The text encoder's configuration out of its shapes. All CLIP text encoders of SD 1.x have heads of 64."""
+    tokens = shape_of(tensors, naming, "token_embedding.weight")
+    positions = shape_of(tensors, naming, "position_embedding.weight")
+    hidden = shape_of(tensors, naming, "layers.0.feed_forward.expand.weight")
+    layers = 0
+    middle = "" if naming.bare_text else TEXT_PREFIX
+    while f"{naming.prefix}{middle}encoder.layers.{layers}.layer_norm1.weight" in tensors and layers < MAX_LAYERS:
+        layers += 1
+    if not (tokens and positions and hidden) or not len(tokens) == len(positions) == len(hidden) == 2 or not layers:
+        raise CheckpointError("the text encoder is incomplete: its embeddings or first layer are missing")
+    return replace(
+        SD15.text_encoder,
+        vocabulary=tokens[0],
+        width=tokens[1],
+        heads=max(1, tokens[1] // 64),
+        layers=layers,
+        context_length=positions[0],
+        hidden_width=hidden[0],
+    )
+
+
+INFER = {"unet": infer_unet, "vae": infer_vae, "text_encoder": infer_text_encoder}
