@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -108,8 +108,6 @@ class SteppingScheduler(Scheduler):
     looked up at the first step of a run (the second of equal ones, as diffusers has it), then counted.
     """
 
-    sigmas: ClassVar[Tensor]  # of each step and the end, (N + 1,), on the CPU
-
     def _forget(self) -> None:
         """Begin a new run: no step was taken, nothing is remembered."""
         self.step_index: int | None = None
@@ -139,7 +137,8 @@ class SteppingScheduler(Scheduler):
             indices = [self.index_for_timestep(t.to(self.timesteps.device)) for t in timesteps]
         else:
             indices = [self.begin_index if self.step_index is None else self.step_index] * len(timesteps)
-        return self.sigmas.to(like.device, like.dtype)[indices].reshape(-1, *[1] * (like.ndim - 1))
+        table: Tensor = self.sigmas  # type: ignore[attr-defined]  # (N + 1,), which those below have
+        return table.to(like.device, like.dtype)[indices].reshape(-1, *[1] * (like.ndim - 1))
 
     def _spaced(self, sigmas: np.ndarray, steps: int) -> np.ndarray | None:
         """N sigmas between the ends of `sigmas` (descending), or between `sigma_max` and `sigma_min`, if set."""
