@@ -13,17 +13,31 @@ On the side, `settings.py`: the configuration and its file.
 from minisd.schedulers.base import Scheduler, StepResult
 from minisd.schedulers.ddim import DDIMInverseScheduler, DDIMScheduler
 from minisd.schedulers.ddpm import DDPMScheduler
+from minisd.schedulers.dpm_solver import DPMSolverMultistepScheduler
+from minisd.schedulers.euler import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
+from minisd.schedulers.heun import HeunDiscreteScheduler
+from minisd.schedulers.lcm import LCMScheduler
+from minisd.schedulers.lms import LMSDiscreteScheduler
+from minisd.schedulers.names import NAMES, named
+from minisd.schedulers.pndm import PNDMScheduler
 from minisd.schedulers.settings import SchedulerConfig
-
-# By the names that people use, for `Sampling.scheduler` and `--scheduler`.
-SCHEDULERS: dict[str, type[Scheduler]] = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}
+from minisd.schedulers.unipc import UniPCMultistepScheduler
 
 __all__ = [
-    "SCHEDULERS",
+    "NAMES",
     "DDIMInverseScheduler",
     "DDIMScheduler",
     "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "LCMScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
     "Scheduler",
     "SchedulerConfig",
     "StepResult",
+    "UniPCMultistepScheduler",
+    "named",
 ]

@@ -59,13 +59,12 @@ class Scheduler:
     `beta_schedule`            how beta grows between them: see `equations.BETA_SCHEDULES`
     `trained_betas`            all T betas, instead of the three above
     `prediction_type`          what the model predicts: "epsilon", "sample" (x0) or "v_prediction"
-    `clip_sample`              clip x0 to [-clip_sample_range, clip_sample_range]: for pixels, not latents
     `timestep_spacing`         how N sampling steps are spaced over T: see `equations.TIMESTEP_SPACINGS`
     `steps_offset`             shift of the "leading" timesteps; 1 for SD 1.5
-    `rescale_betas_zero_snr`   zero terminal SNR: see `equations.rescale_zero_terminal_snr`
 
-    Names and defaults are diffusers', which are those of DDPM on pixels, not SD 1.5's. The first five may be
-    given by position. A bad value raises a ValueError that names it.
+    Some have `rescale_betas_zero_snr` too, zero terminal SNR: see `equations.rescale_zero_terminal_snr`. Names and
+    defaults are diffusers', which are those of DDPM on pixels, not SD 1.5's. The first five may be given by position. A
+    bad value raises a ValueError that names it.
     """
 
     num_train_timesteps: int = 1000
@@ -75,11 +74,8 @@ class Scheduler:
     trained_betas: Sequence[float] | np.ndarray | None = None
     _: KW_ONLY
     prediction_type: str = "epsilon"
-    clip_sample: bool = True
-    clip_sample_range: float = 1.0
     timestep_spacing: str = "leading"
     steps_offset: int = 0
-    rescale_betas_zero_snr: bool = False
 
     beta_schedules: ClassVar[tuple[str, ...]] = ("linear", "scaled_linear", "squaredcos_cap_v2")
     timestep_spacings: ClassVar[tuple[str, ...]] = tuple(equations.TIMESTEP_SPACINGS)
@@ -127,7 +123,8 @@ class Scheduler:
         else:
             schedule = equations.BETA_SCHEDULES[self.beta_schedule]
             betas = schedule(self.beta_start, self.beta_end, self.num_train_timesteps)
-        return equations.rescale_zero_terminal_snr(betas) if self.rescale_betas_zero_snr else betas
+        rescale = getattr(self, "rescale_betas_zero_snr", False)
+        return equations.rescale_zero_terminal_snr(betas) if rescale else betas
 
     def alpha_bar(self, timestep: int) -> Tensor:
         """alpha_bar at a timestep, 0-dim float32; at a negative timestep `final_alpha_cumprod`."""
@@ -179,6 +176,9 @@ class Scheduler:
 
     # ------------------------------------------------ samples
 
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Say at which of `timesteps` the next run starts: where they repeat, a timestep alone does not."""
+
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """`sample` unchanged. Schedulers that work with sigmas scale the model's input: every loop calls this."""
         return sample
@@ -199,10 +199,6 @@ class Scheduler:
             require(0 <= low <= high < len(self), "timesteps", [low, high], f"from 0 to {len(self) - 1}")
         alphas_cumprod = self.alphas_cumprod.to(like.device, like.dtype)
         return alphas_cumprod[timesteps.to(like.device)].reshape(-1, *[1] * (like.ndim - 1))
-
-    def _limit(self, x0: Tensor) -> Tensor:
-        """x0 clipped to the range of samples, if the configuration says so."""
-        return x0.clamp(-self.clip_sample_range, self.clip_sample_range) if self.clip_sample else x0
 
     # ------------------------------------------------ configuration
 
@@ -246,7 +242,25 @@ class Scheduler:
 
 
 @dataclass(eq=False)
-class ThresholdingScheduler(Scheduler):
+class ClippingScheduler(Scheduler):
+    """Adds the range of samples, and zero terminal SNR.
+
+    `clip_sample`              clip x0 to [-clip_sample_range, clip_sample_range]: for pixels, not latents
+    `rescale_betas_zero_snr`   zero terminal SNR: see `equations.rescale_zero_terminal_snr`
+    """
+
+    _: KW_ONLY
+    clip_sample: bool = True
+    clip_sample_range: float = 1.0
+    rescale_betas_zero_snr: bool = False
+
+    def _limit(self, x0: Tensor) -> Tensor:
+        """x0 clipped to the range of samples, if the configuration says so."""
+        return x0.clamp(-self.clip_sample_range, self.clip_sample_range) if self.clip_sample else x0
+
+
+@dataclass(eq=False)
+class ThresholdingScheduler(ClippingScheduler):
     """Adds Imagen's dynamic thresholding, in the place of clipping: see `equations.dynamic_threshold`.
 
     `thresholding`                 whether to; for models of pixels

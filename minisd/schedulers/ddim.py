@@ -16,7 +16,7 @@ from torch import Tensor
 from minisd.config import is_between, require
 from minisd.noise import Generators, draw_noise
 from minisd.schedulers import equations
-from minisd.schedulers.base import Scheduler, StepResult, ThresholdingScheduler, check_shapes
+from minisd.schedulers.base import ClippingScheduler, StepResult, ThresholdingScheduler, check_shapes
 
 
 @dataclass(eq=False)
@@ -76,15 +76,15 @@ class DDIMScheduler(ThresholdingScheduler):
 
 
 @dataclass(eq=False)
-class DDIMInverseScheduler(Scheduler):
+class DDIMInverseScheduler(ClippingScheduler):
     """DDIM inversion: from an image to the noise from which DDIM generates it. `timesteps` ascend.
 
     DDIM's steps integrate an ordinary differential equation (section 4.3), which can be integrated in reverse. Exact
     only if the model's output were the same at both ends of a step: the error falls with the number of steps.
 
-    All arguments of `Scheduler`, and `set_alpha_to_one`: whether inversion starts from a clean sample (alpha_bar 1) or
-    from the noise level of timestep 0; `set_alpha_to_zero` is its former name. "linspace" is refused, as diffusers has
-    none.
+    All arguments of `ClippingScheduler`, and `set_alpha_to_one`: whether inversion starts from a clean sample
+    (alpha_bar 1) or from the noise level of timestep 0; `set_alpha_to_zero` is its former name. "linspace" is refused,
+    as diffusers has none.
     """
 
     _: KW_ONLY

@@ -42,7 +42,7 @@ class DDPMScheduler(ThresholdingScheduler):
     _: KW_ONLY
     variance_type: str = "fixed_small"
 
-    beta_schedules: ClassVar[tuple[str, ...]] = tuple(equations.BETA_SCHEDULES)
+    beta_schedules: ClassVar[tuple[str, ...]] = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -28,7 +28,7 @@ Python float is a double, and would round elsewhere. And the order of operations
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -68,6 +68,11 @@ def cosine_alpha_bar(u: float) -> float:
     return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
 
 
+def exp_alpha_bar(u: float) -> float:
+    """alpha_bar = e^{-12 u} for u = t/T in [0, 1], which Heun's scheduler may have."""
+    return math.exp(u * -12.0)
+
+
 def laplace_alpha_bar(u: float) -> float:
     """Laplace schedule for u = t/T in [0, 1]: log-SNR is Laplace distributed, with location 0 and scale 1/2.
 
@@ -90,6 +95,7 @@ BETA_SCHEDULES: dict[str, Callable[[float, float, int], Tensor]] = {
     "linear": linear_betas,
     "scaled_linear": scaled_linear_betas,
     "squaredcos_cap_v2": cosine_betas,
+    "exp": lambda start, end, steps: betas_from_alpha_bar(exp_alpha_bar, steps),
     "sigmoid": sigmoid_betas,
     "laplace": laplace_betas,
 }
@@ -248,3 +254,25 @@ def ddim_update(x0: Tensor, eps: Tensor, alpha_bar_prev: Tensor, sigma: Tensor |
     can be negative and its root NaN at the first step (with SD's betas for N = 10, 20, 25, ...), as in diffusers.
     """
     return alpha_bar_prev**0.5 * x0 + (1 - alpha_bar_prev - sigma**2) ** 0.5 * eps
+
+
+# ---------------------------------------------------- the reverse process: PNDM
+
+
+def adams_bashforth(eps: Sequence[Tensor]) -> Tensor:
+    """The noise prediction extrapolated over a step from the last 1 to 4, the newest last (PNDM, eq. 12)."""
+    e = list(reversed(eps))
+    if len(e) == 1:
+        return e[0]
+    if len(e) == 2:
+        return (3 * e[0] - e[1]) / 2
+    if len(e) == 3:
+        return (23 * e[0] - 16 * e[1] + 5 * e[2]) / 12
+    return 1 / 24 * (55 * e[0] - 59 * e[1] + 37 * e[2] - 9 * e[3])
+
+
+def pndm_update(x: Tensor, eps: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor) -> Tensor:
+    """PNDM, eq. 11: DDIM's update (sigma = 0) as x plus a difference, after Liu et al. 2022, arXiv:2202.09778."""
+    x_weight = (alpha_bar_prev / alpha_bar) ** 0.5
+    denominator = alpha_bar * (1 - alpha_bar_prev) ** 0.5 + (alpha_bar * (1 - alpha_bar) * alpha_bar_prev) ** 0.5
+    return x_weight * x - (alpha_bar_prev - alpha_bar) * eps / denominator

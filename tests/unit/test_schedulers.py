@@ -41,7 +41,7 @@ def ready(cls, steps=10, **arguments):
 # ---------------------------------------------------- noise levels
 
 
-@pytest.mark.parametrize("schedule", list(equations.BETA_SCHEDULES))
+@pytest.mark.parametrize("schedule", DDPMScheduler.beta_schedules)
 @pytest.mark.parametrize("rescale", [False, True])
 def test_noise_grows(schedule, rescale):
     scheduler = DDPMScheduler(beta_schedule=schedule, rescale_betas_zero_snr=rescale)
