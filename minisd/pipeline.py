@@ -28,7 +28,7 @@ from minisd.checkpoint.save import Model, save
 from minisd.config import ModelConfig
 from minisd.noise import Generators, draw_noise
 from minisd.sampling import LoopSettings, Sampling, Step, Texts, matching_prompts
-from minisd.schedulers import SCHEDULERS, Scheduler
+from minisd.schedulers import Scheduler, named
 from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import CLIPTokenizer
 from minisd.unet import UNet
@@ -74,16 +74,18 @@ class StableDiffusion:
         weights: str = "auto",
         vae: str | os.PathLike[str] | None = None,
         tokenizer: str | os.PathLike[str] | CLIPTokenizer | None = None,
+        prediction: str | None = None,
     ) -> "StableDiffusion":
         """Load a model from `source`: "emoji" (comes with minisd), "sd15", a folder in diffusers' layout, a
         `.safetensors` file, or a hub repository id.
 
         `dtype=None` keeps the file's. `weights`: "auto", "ema" (averaged) or "raw" UNet weights, where a file has both.
-        `vae`, `tokenizer`: a path that replaces the model's own. Raises FileNotFoundError for a path that is not there,
+        `vae`, `tokenizer`: a path that replaces the model's own. `prediction`: "epsilon", "v_prediction" or "sample",
+        where the files do not say what the UNet predicts. Raises FileNotFoundError for a path that is not there,
         `minisd.CheckpointError` for a file that cannot be used.
         """
         device = usable_device(device)
-        checkpoint = open_checkpoint(source, dtype=dtype, weights=weights, vae=vae)
+        checkpoint = open_checkpoint(source, dtype=dtype, weights=weights, vae=vae, prediction=prediction)
         for note in checkpoint.notes:
             warnings.warn(note, stacklevel=2)
         parts, own_tokenizer = checkpoint.components, read_tokenizer(checkpoint, tokenizer)
@@ -118,7 +120,10 @@ class StableDiffusion:
         steps, scale = chosen.steps_and_scale(self.generation)
         prompts, negatives = matching_prompts(prompt, chosen.negative_prompt)
         scheduler, generator = self.make_scheduler(chosen.scheduler, steps), chosen.make_generator()
-        predict_noise, start = chosen.predict_noise or self.predict_noise, chosen.start or 0
+        predict_noise = chosen.predict_noise or self.predict_noise
+        start = (chosen.start or 0) * scheduler.order  # `timesteps` has one entry for each model call
+        if start:
+            scheduler.set_begin_index(start)
 
         shape = (len(prompts) * chosen.images_per_prompt, *self.latent_shape(chosen.height, chosen.width))
         x = self.initial_noise(shape, generator, chosen.latents)  # (B, 4, H/8, W/8)
@@ -179,13 +184,16 @@ class StableDiffusion:
 
     def make_scheduler(self, scheduler: Scheduler | str | None, steps: int | None = None) -> Any:
         """A scheduler by name, with the model's noise schedule, or the object given; its timesteps set to `steps`."""
+        made: Any = scheduler
         if scheduler is None or isinstance(scheduler, str):
-            scheduler = SCHEDULERS[scheduler or "ddim"].from_config(self.scheduler_config)
+            own = self.scheduler_config.get("_class_name") if scheduler == "model" else scheduler
+            kind, arguments = named(own or "ddim")
+            made = kind.from_config(self.scheduler_config, **({} if scheduler == "model" else arguments))
         if steps is not None:
-            if steps > len(scheduler):  # diffusers counts a scheduler's length in training timesteps
-                raise ValueError(f"steps={steps}: must be at most the schedule's {len(scheduler)}")
-            scheduler.set_timesteps(steps, device=self.device)
-        return scheduler
+            if steps > len(made):  # diffusers counts a scheduler's length in training timesteps
+                raise ValueError(f"steps={steps}: must be at most the schedule's {len(made)}")
+            made.set_timesteps(steps, device=self.device)
+        return made
 
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         """Pixels -> (C, H/8, W/8); the size the UNet was trained at by default. ValueError for one the VAE lacks."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minisd.noise import Generators
-from minisd.schedulers import SCHEDULERS, Scheduler
+from minisd.schedulers import DDIMScheduler, Scheduler, named
 
 Texts = str | list[str] | Tensor  # a prompt, several, or their token embeddings after the text encoder (B, 77, D)
 PredictNoise = Callable[[Tensor, Tensor, Tensor, float, float], Tensor]  # x, t, context, guidance scale and rescale
@@ -67,13 +67,14 @@ class Sampling:
     `seed`, `generator`  one of the two: the source of all noise, drawn on the CPU, so that a seed is the same image on
                          every device; a list of generators has one for each image. None: torch's global generator
     `latents`            (B, 4, H/8, W/8), initial noise of unit variance in the place of drawn noise
-    `scheduler`          "ddim" (None), "ddpm", or a scheduler object
+    `scheduler`          a name of `schedulers/names.py` ("ddim", the default, "euler_a", "DPM++ 2M Karras", ...), "model"
+                         for the one that the model's folder names, or a scheduler object
     `eta`                0 (DDIM, deterministic) to 1 (as random as DDPM); only "ddim" takes it
     `images_per_prompt`  how many images to generate of each prompt
     `clip_skip`          how many of the text encoder's last layers to leave out
 
-    Two openings serve the tasks: `start`, the index of the first step to take, for `latents` that are already at the
-    noise level of that step; and `predict_noise`, in the place of `StableDiffusion.predict_noise`.
+    Two openings serve the tasks: `start`, the index of the first of `steps` to take, for `latents` that are already at
+    the noise level of that step; and `predict_noise`, in the place of `StableDiffusion.predict_noise`.
     """
 
     negative_prompt: Texts = ""
@@ -102,10 +103,10 @@ class Sampling:
             number = getattr(self, name)
             if number is not None and (not isinstance(number, Real) or not 0 <= float(number) < float("inf")):
                 raise ValueError(f"{name}={number}: must be a finite number, at least 0")
-        if isinstance(self.scheduler, str) and self.scheduler not in SCHEDULERS:
-            raise ValueError(f"scheduler={self.scheduler!r}: must be one of {', '.join(SCHEDULERS)}")
-        if self.eta and self.scheduler == "ddpm":
-            raise ValueError("eta is an option of ddim; ddpm is always as random as eta 1")
+        if isinstance(self.scheduler, str) and self.scheduler != "model":
+            kind, _ = named(self.scheduler)
+            if self.eta and kind is not DDIMScheduler:
+                raise ValueError("eta is an option of ddim; ddpm is always as random as eta 1, others have theirs")
         self.make_generator()
         if self.start is not None:
             check_whole("start", self.start, least=0)  # how many steps there are, the model knows

@@ -139,7 +139,7 @@ def load(options: Mapping[str, Any]) -> StableDiffusion:
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if dtype == "auto":
         dtype = "float32" if device.startswith("cpu") else "float16"
-    given = {name: options[name] for name in ("weights", "vae")}
+    given = {name: options[name] for name in ("weights", "vae", "prediction")}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         sd = StableDiffusion.load(options["model"], dtype=getattr(torch, dtype), device=device, **given)

@@ -59,7 +59,18 @@ OPTIONS: dict[str, Any] = {
         "--guidance-rescale", type=float, default=0.0, help="0 to 1: against overexposure by strong guidance."
     ),
     "size": click.option("--size", type=Size(), help="Pixels, divisible by 8. [default: the model's]"),
-    "scheduler": click.option("--scheduler", type=click.Choice(["ddim", "ddpm"]), default="ddim", show_default=True),
+    "scheduler": click.option(
+        "--scheduler",
+        default="ddim",
+        show_default=True,
+        metavar="NAME",
+        help="ddim, ddpm, pndm, lms, euler, euler_a, heun, dpm++_2m, unipc, lcm, ...; model: its own.",
+    ),
+    "prediction": click.option(
+        "--prediction",
+        type=click.Choice(["epsilon", "v_prediction", "sample"]),
+        help="What the UNet predicts, where the files do not say.",
+    ),
     "eta": click.option("--eta", type=float, default=0.0, help="Randomness of DDIM, 0 to 1."),
     "images": click.option(
         "--images",
@@ -100,7 +111,7 @@ OPTIONS: dict[str, Any] = {
         "--start", type=click.IntRange(0), help="Invert to this step, 0 is noise. [default: a fifth of the steps]"
     ),
 }
-MODEL = ("model", "vae", "weights", "lora", "embedding")
+MODEL = ("model", "vae", "weights", "prediction", "lora", "embedding")
 RUN = ("device", "dtype")
 REPORT = ("json", "quiet")
 INVERSION = ("output", *MODEL, "negative", "steps", "guidance", "guidance-rescale", "size", "clip-skip", *RUN, *REPORT)

@@ -273,6 +273,7 @@ class StableDiffusionPipeline(Assembly):
 
     def _run(self, steps: Iterator[Step], start: int, state: dict[str, Any], asked: Asked) -> Tensor:
         """Run the loop from step `start` to its end, or until a callback interrupts: the latents."""
+        start = start * self.scheduler.order
         timesteps = self.scheduler.timesteps[start:]
         self._num_timesteps = len(timesteps)
         with self.progress_bar(total=len(timesteps)) as bar:

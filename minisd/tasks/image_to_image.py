@@ -50,7 +50,9 @@ def denoise_from(
 ) -> Iterator[Step]:
     """Noise scaled clean latents `x0` (B, 4, H/8, W/8) to the level that step `start` expects; denoise from there."""
     scheduler = sd.make_scheduler(sampling.scheduler, sampling.steps)
-    x = scheduler.add_noise(x0, noise, scheduler.timesteps[start])
+    begin = start * scheduler.order
+    scheduler.set_begin_index(begin)
+    x = scheduler.add_noise(x0, noise, scheduler.timesteps[begin])
     return sd.denoise(prompt, sampling, latents=x, start=start, scheduler=scheduler)
 
 

@@ -91,7 +91,9 @@ def denoise_region(
 
     if noised:
         assert region.known is not None
-        x = scheduler.add_noise(region.known, region.noise, scheduler.timesteps[start])
+        begin = start * scheduler.order
+        scheduler.set_begin_index(begin)
+        x = scheduler.add_noise(region.known, region.noise, scheduler.timesteps[begin])
     else:
         x = region.noise * scheduler.init_noise_sigma
     steps = sd.denoise(prompt, sampling, latents=x, start=start, scheduler=scheduler, predict_noise=predict_noise)

@@ -13,9 +13,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from minisd.schedulers import DDIMScheduler, DDPMScheduler, Scheduler
+from minisd.schedulers import Scheduler, named
 
-KINDS: dict[str, type[Scheduler]] = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}
 SPACINGS = ("leading", "trailing", "linspace")
 LOWEST = -60.0  # dB: zero terminal SNR would be infinitely low
 
@@ -36,7 +35,8 @@ def read_changes(changes: tuple[str, ...]) -> dict[str, Any]:
 
 def make_scheduler(config: Mapping[str, Any], kind: str, changes: Mapping[str, Any]) -> Scheduler:
     """A scheduler from a model's `config` with `changes`. Raises ValueError for a change that it does not know."""
-    scheduler = KINDS[kind].from_config({**config, **changes})
+    found, arguments = named(kind)
+    scheduler: Scheduler = found.from_config({**config, **changes}, **arguments)
     unknown = [name for name in changes if name not in vars(scheduler)]
     if unknown:
         raise ValueError(f"--set {unknown[0]}: {kind} has no such setting; it has {', '.join(scheduler.config)}")

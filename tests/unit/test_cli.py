@@ -385,7 +385,7 @@ BAD = {
     "steps 1001": (["cat", "--steps", "1001"], "steps=1001: must be .* 1000"),
     "steps 1.5": (["cat", "--steps", "1.5"], "'--steps'.*1.5"),
     "images 0": (["cat", "--images", "0"], "'--images'"),
-    "scheduler": (["cat", "--scheduler", "euler"], "'euler' is not one of 'ddim', 'ddpm'"),
+    "scheduler": (["cat", "--scheduler", "eular"], "scheduler='eular': must be one of ddim, ddpm, pndm"),
     "eta with ddpm": (["cat", "--eta", "0.5", "--scheduler", "ddpm"], "eta is an option of ddim"),
     "eta -1": (["cat", "--eta", "-1"], "eta=-1"),
     "guidance nan": (["cat", "-g", "nan"], "guidance_scale=nan"),

@@ -121,7 +121,12 @@ def test_models_know_layers_and_config_only(module):
 @pytest.mark.parametrize("module", [name for name in SOURCES if name.startswith("minisd.schedulers")])
 def test_schedulers_know_no_network_and_no_checkpoint(module):
     allowed = {name for name in SOURCES if name.startswith("minisd.schedulers")}
-    assert inside(reachable(module, nested=True)) <= allowed | {"minisd", "minisd.noise", "minisd.files", "minisd.config"}
+    assert inside(reachable(module, nested=True)) <= allowed | {
+        "minisd",
+        "minisd.noise",
+        "minisd.files",
+        "minisd.config",
+    }
 
 
 @pytest.mark.parametrize("module", [name for name in SOURCES if name.startswith("minisd.adapters")])

@@ -270,7 +270,7 @@ def test_one_negative_prompt_serves_all(sd):
         ({"guidance_rescale": -0.5}, "guidance_rescale=-0.5"),
         ({"eta": -0.1}, "eta=-0.1"),
         ({"eta": float("nan")}, "eta=nan"),
-        ({"scheduler": "euler"}, "scheduler='euler': must be one of ddim, ddpm"),
+        ({"scheduler": "eular"}, "scheduler='eular': must be one of ddim, ddpm"),
         ({"clip_skip": 2}, "clip_skip=2: must be a whole number from 0 to 1"),
         ({"clip_skip": -1}, "clip_skip=-1"),
         ({"clip_skip": 0.5}, "clip_skip=0.5"),
