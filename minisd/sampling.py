@@ -67,7 +67,7 @@ class Sampling:
     `seed`, `generator`  one of the two: the source of all noise, drawn on the CPU, so that a seed is the same image on
                          every device; a list of generators has one for each image. None: torch's global generator
     `latents`            (B, 4, H/8, W/8), initial noise of unit variance in the place of drawn noise
-    `scheduler`          a name of `schedulers/names.py` ("ddim", the default, "euler_a", "DPM++ 2M Karras", ...), "model"
+    `scheduler`          a name of `schedulers/names.py` ("ddim", the default; "euler_a", "DPM++ 2M Karras"), "model"
                          for the one that the model's folder names, or a scheduler object
     `eta`                0 (DDIM, deterministic) to 1 (as random as DDPM); only "ddim" takes it
     `images_per_prompt`  how many images to generate of each prompt
