@@ -3,10 +3,12 @@
 import os
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test may touch the network
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes: each on one core, or they wait for each other
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test may touch the network
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
