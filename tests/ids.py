@@ -5,4 +5,4 @@ import re
 
 def stable_id(value: object) -> str:
     """str(value) without the addresses of objects in memory."""
-    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", str(value))

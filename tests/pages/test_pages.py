@@ -1,6 +1,7 @@
 """Every code block on the pages and in the docstrings, run as it stands there, on the embedded model."""
 
 import ast
+import copy
 import importlib
 import os
 import re
@@ -14,6 +15,9 @@ import torch
 from page import REPOSITORY, Block, blocks, inside, pages
 
 import minisd
+from minisd.checkpoint.hub import embedded_model
+from minisd.lab.weights.extract import extract
+from minisd.layers import ResnetBlock
 
 pytestmark = pytest.mark.slow
 
@@ -97,13 +101,40 @@ def examples() -> list[tuple[str, str]]:
     return found
 
 
+@pytest.fixture(scope="session")
+def shelf(tmp_path_factory) -> Path:
+    """Files and folders under the names that docstrings give to a reader's own: the embedded model, and another."""
+    folder = tmp_path_factory.mktemp("shelf")
+    sd = minisd.StableDiffusion.load()
+    for name in ("model", "a", "base", "v1-5-pruned-emaonly", "vae-ft-mse"):
+        sd.save(folder / f"{name}.safetensors", layout="compvis")
+    for name, weight in sd.state().items():
+        if name.endswith("attn.q.weight"):
+            weight += 0.01 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    for name in ("b", "tuned"):
+        sd.save(folder / f"{name}.safetensors", layout="compvis")
+    sd.save(folder / "folder-b")
+    extract(folder / "base.safetensors", folder / "tuned.safetensors", rank=4, target=folder / "style.safetensors")
+    return folder
+
+
+def things() -> dict:
+    """What else docstrings name without making it."""
+    block = {"time_width": 8, "groups": 2, "eps": 1e-5, "activation": "silu"}
+    names = {"reference": ResnetBlock(4, 4, **block), "x": torch.randn(1, 4, 16, 16), "time": torch.randn(1, 8)}
+    names["candidate"] = copy.deepcopy(names["reference"])
+    return {**names, "module": torch.nn.Conv2d(4, 4, 3), "model": lambda x, t: x, "folder": embedded_model()}
+
+
 @pytest.mark.parametrize(
     ("module", "code"), [pytest.param(*one, id=f"{one[0]}-{n}") for n, one in enumerate(examples())]
 )
-def test_docstring(module, code, tmp_path):
+def test_docstring(module, code, shelf, tmp_path):
     if code.startswith("# not run: "):
         return
-    names = {**vars(importlib.import_module(module)), "minisd": minisd, "torch": torch}
+    names = {**things(), **vars(importlib.import_module(module)), "minisd": minisd, "torch": torch}
+    for path in shelf.iterdir():
+        (tmp_path / path.name).symlink_to(path)
     names["sd"] = sd = minisd.StableDiffusion.load()
     sd.generation["steps"] = 3
     with inside(tmp_path):

@@ -1,7 +1,7 @@
 """Two checkpoints side by side, across layouts, dialects and precisions: what is the same, what changed, and how much.
 
     difference = compare("a.safetensors", "folder-b")
-    print(difference.verdicts, difference.blocks["unet.down"])
+    print(difference.verdicts, difference.blocks)
 
 Weights meet under minisd's names. One pair of tensors is in memory at a time.
 """
