@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minisd.config import PREDICTION_TYPES, SD15, check_schedule
+from minisd.checks import PREDICTION_TYPES, check_schedule
+from minisd.config import SD15
 from minisd.files import CheckpointError, read_text, shown
 
 MAX_YAML = 1 << 20  # bytes; CompVis' v1-inference.yaml has 2,000

@@ -7,25 +7,21 @@ next. Nothing here knows a model.
 
 from __future__ import annotations
 
-import inspect
-import os
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, fields
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from minisd.config import check_schedule, require, whole
-from minisd.files import read_json_object
+from minisd.checks import check_schedule, require, whole
 from minisd.schedulers import equations
-from minisd.schedulers.settings import CONFIG_FILE, SchedulerConfig, write_config
+from minisd.schedulers.settings import Configured
 
 if TYPE_CHECKING:
-    from typing import Self
+    pass
 
 
 class StepResult(NamedTuple):
@@ -51,7 +47,7 @@ class StepResult(NamedTuple):
 
 
 @dataclass(eq=False)
-class Scheduler:
+class Scheduler(Configured):
     """The noise schedule of a diffusion process, and the timesteps to sample at. Base of all schedulers.
 
     `num_train_timesteps`      T, the number of training timesteps: 0 (least noise) to T - 1
@@ -79,17 +75,9 @@ class Scheduler:
 
     beta_schedules: ClassVar[tuple[str, ...]] = ("linear", "scaled_linear", "squaredcos_cap_v2")
     timestep_spacings: ClassVar[tuple[str, ...]] = tuple(equations.TIMESTEP_SPACINGS)
-    _given: ClassVar[frozenset[str]] = frozenset()  # the arguments that were chosen, by name
     order: ClassVar[int] = 1  # how often `step` needs the model
     divides_by_alpha_bar: ClassVar[bool] = True  # of the timestep of a step, to predict x0 from epsilon
     init_noise_sigma: ClassVar[float] = 1.0  # standard deviation of the noise that sampling starts from
-
-    def __new__(cls, *args: Any, **given: Any) -> Self:
-        self = super().__new__(cls)
-        object.__setattr__(
-            self, "_given", frozenset(given)
-        )  # diffusers counts those by position among the defaults, too
-        return self
 
     def __post_init__(self) -> None:
         if self.trained_betas is not None:
@@ -104,16 +92,11 @@ class Scheduler:
         self.final_alpha_cumprod = self.one  # the noise level before the first timestep: a clean sample
         self.num_inference_steps: int | None = None
         self.timesteps = torch.from_numpy(np.arange(self.num_train_timesteps)[::-1].copy())
-        self._other_settings: dict[str, Any] = {}
 
     def _check_arguments(self) -> None:
         arguments = {name: getattr(self, name) for name in self._arguments()}
         check_schedule(arguments, self.beta_schedules, self.timestep_spacings)
         self.num_train_timesteps, self.steps_offset = int(self.num_train_timesteps), int(self.steps_offset)
-
-    @classmethod
-    def _arguments(cls) -> list[str]:
-        return [field.name for field in fields(cls)]
 
     # ------------------------------------------------ noise levels
 
@@ -199,46 +182,6 @@ class Scheduler:
             require(0 <= low <= high < len(self), "timesteps", [low, high], f"from 0 to {len(self) - 1}")
         alphas_cumprod = self.alphas_cumprod.to(like.device, like.dtype)
         return alphas_cumprod[timesteps.to(like.device)].reshape(-1, *[1] * (like.ndim - 1))
-
-    # ------------------------------------------------ configuration
-
-    @property
-    def config(self) -> SchedulerConfig:
-        """All arguments, and what `from_config` was given for other schedulers.
-
-        `_use_default_values`, as in diffusers, lists the arguments that nobody chose: `from_config` of another class
-        takes its own defaults for them.
-        """
-        own = {name: getattr(self, name) for name in self._arguments()}
-        unchosen = [name for name in own if name not in self._given]
-        return SchedulerConfig(
-            {**own, **self._other_settings, **({"_use_default_values": unchosen} if unchosen else {})}
-        )
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], **overrides: Any) -> Self:
-        """A scheduler from any scheduler's `config`, minisd's or diffusers', or from a dict; `overrides` win.
-
-        What this scheduler does not know has no effect but stays in its `config`, so that DDIM can be made
-        from the PNDM configuration of SD 1.5, and DDPM -> DDIM -> DDPM loses nothing. Keys with "_" in front
-        are dropped.
-        """
-        require(isinstance(config, Mapping), "config", config, "a mapping, such as a scheduler's config")
-        defaults = set(config.get("_use_default_values", ()))  # another class's, so this one's apply
-        chosen = {key: value for key, value in config.items() if key not in defaults and not key.startswith("_")}
-        known = inspect.signature(cls).parameters
-        scheduler = cls(**{**{key: chosen[key] for key in chosen if key in known}, **overrides})
-        scheduler._other_settings = {key: chosen[key] for key in chosen if key not in known}
-        return scheduler
-
-    @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str], subfolder: str | None = None, **overrides: Any) -> Self:
-        """A scheduler from `folder`/`subfolder`/scheduler_config.json. CheckpointError if that cannot be used."""
-        return cls.from_config(read_json_object(Path(folder, subfolder or "", CONFIG_FILE)), **overrides)
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write `folder`/scheduler_config.json, which diffusers reads too. Makes the folder if needed."""
-        write_config(Path(folder, CONFIG_FILE), {**self.config, "_class_name": type(self).__name__})
 
 
 @dataclass(eq=False)

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from minisd.config import is_between, require
+from minisd.checks import is_between, require
 from minisd.noise import Generators, draw_noise
 from minisd.schedulers import equations
 from minisd.schedulers.base import ClippingScheduler, StepResult, ThresholdingScheduler, check_shapes

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from minisd.config import require, require_one_of, whole
+from minisd.checks import require, require_one_of, whole
 from minisd.noise import Generators, draw_noise
 from minisd.schedulers import equations
 from minisd.schedulers.base import StepResult, ThresholdingScheduler, check_shapes

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minisd.config import require_one_of
+from minisd.checks import require_one_of
 from minisd.noise import Generators, draw_noise
 from minisd.schedulers.base import StepResult, check_shapes
 from minisd.schedulers.sigmas import (

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minisd.config import require, whole
+from minisd.checks import require, whole
 from minisd.schedulers import equations
 from minisd.schedulers.sigmas import ALMOST_ZERO, SpacedSigmas, sigma_to_t, sigmas_of
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minisd.config import require, whole
+from minisd.checks import require, whole
 from minisd.noise import Generators, draw_noise
 from minisd.schedulers import equations
 from minisd.schedulers.base import StepResult, ThresholdingScheduler, check_shapes

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minisd.config import whole
+from minisd.checks import whole
 from minisd.noise import Generators
 from minisd.schedulers.base import StepResult, check_shapes
 from minisd.schedulers.sigmas import SigmaScheduler, SpacedSigmas, scipy, x0_from_output

@@ -1,7 +1,6 @@
 """Schedulers by the names that people type: minisd's, A1111's, ComfyUI's and diffusers'.
 
-In: "DPM++ 2M Karras", "euler_a", "DPMSolverMultistepScheduler". Out: a class and its arguments. This file needs the
-standard library only, so that the command line knows the names without torch.
+In: "DPM++ 2M Karras", "euler_a", "DPMSolverMultistepScheduler". Out: a class and its arguments.
 """
 
 import re

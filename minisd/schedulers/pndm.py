@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minisd.config import require, require_one_of, whole
+from minisd.checks import require, require_one_of, whole
 from minisd.noise import Generators
 from minisd.schedulers import equations
 from minisd.schedulers.base import Scheduler, StepResult, check_shapes

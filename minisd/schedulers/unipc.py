@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minisd.config import require, require_one_of, whole
+from minisd.checks import require, require_one_of, whole
 from minisd.noise import Generators
 from minisd.schedulers.base import StepResult
 from minisd.schedulers.exponential import ExponentialScheduler, Level, level

@@ -1,0 +1,142 @@
+"""The parts of a latent diffusion model as one thing: loaded, saved, looked into, given adapters.
+
+`pipeline.py` is what they do together. In: a name, folder or file. Out: three torch modules, a tokenizer, a noise
+schedule. Next in the walk: `checkpoint/keymap.py`, how weight files become these modules.
+"""
+
+import os
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from minisd.adapters.loading import Adapters
+from minisd.checkpoint.load import build, open_checkpoint, read_tokenizer, usable_device
+from minisd.checkpoint.save import Model, save
+from minisd.config import ModelConfig
+from minisd.text_encoder import TextEncoder
+from minisd.tokenizer import CLIPTokenizer
+from minisd.unet import UNet
+from minisd.vae import VAE
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from minisd.adapters.lora import LoRA
+    from minisd.lab.taps import Taps
+
+
+class LatentDiffusionModel:
+    """Text encoder, UNet, VAE and tokenizer.
+
+    `text_encoder`, `unet`, `vae` are torch modules, `tokenizer` a callable from strings to ids, `scheduler_config` the
+    noise schedule, `generation` the settings that the model's makers recommend (may be empty), `adapters` the LoRAs
+    and the added tokens that are loaded on top.
+    """
+
+    def __init__(
+        self,
+        text_encoder: TextEncoder,
+        unet: UNet,
+        vae: VAE,
+        tokenizer: CLIPTokenizer,
+        *,
+        scheduler: Mapping[str, Any],
+        generation: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`scheduler`: constructor arguments of the noise schedule, under diffusers' names."""
+        self.text_encoder, self.unet, self.vae, self.tokenizer = text_encoder, unet, vae, tokenizer
+        self.scheduler_config, self.generation = dict(scheduler), dict(generation or {})
+        self.adapters = Adapters(self)
+
+    @classmethod
+    def load(
+        cls,
+        source: str | os.PathLike[str] = "emoji",
+        *,
+        dtype: torch.dtype | None = torch.float32,
+        device: str | torch.device = "cpu",
+        weights: str = "auto",
+        vae: str | os.PathLike[str] | None = None,
+        tokenizer: str | os.PathLike[str] | CLIPTokenizer | None = None,
+        prediction: str | None = None,
+    ) -> "Self":
+        """Load a model from `source`: "emoji" (comes with minisd), "sd15", a folder in diffusers' layout, a
+        `.safetensors` file, or a hub repository id.
+
+        `dtype=None` keeps the file's. `weights`: "auto", "ema" (averaged) or "raw" UNet weights, where a file has both.
+        `vae`, `tokenizer`: a path that replaces the model's own. `prediction`: "epsilon", "v_prediction" or "sample",
+        where the files do not say what the UNet predicts. Raises FileNotFoundError for a path that is not there,
+        `minisd.CheckpointError` for a file that cannot be used.
+        """
+        device = usable_device(device)
+        checkpoint = open_checkpoint(source, dtype=dtype, weights=weights, vae=vae, prediction=prediction)
+        for note in checkpoint.notes:
+            warnings.warn(note, stacklevel=2)
+        parts, own_tokenizer = checkpoint.components, read_tokenizer(checkpoint, tokenizer)
+        return cls(
+            build(TextEncoder, parts["text_encoder"], dtype, device),
+            build(UNet, parts["unet"], dtype, device),
+            build(VAE, parts["vae"], dtype, device),
+            own_tokenizer,
+            scheduler=checkpoint.scheduler,
+            generation=checkpoint.generation,
+        )
+
+    @property
+    def modules(self) -> dict[str, torch.nn.Module]:
+        return {"text_encoder": self.text_encoder, "unet": self.unet, "vae": self.vae}
+
+    @property
+    def config(self) -> ModelConfig:
+        """Every number of the architecture and of the noise schedule."""
+        text_encoder, unet, vae = self.text_encoder.config, self.unet.config, self.vae.config
+        return ModelConfig(text_encoder=text_encoder, unet=unet, vae=vae, scheduler=self.scheduler_config)
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.conv_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.conv_in.weight.dtype
+
+    def state(self) -> dict[str, Tensor]:
+        """Every weight by name, "unet.down.4.attention.cross_attn.q.weight": the model's own memory, to write into."""
+        states = {part: module.state_dict() for part, module in self.modules.items()}
+        return {f"{part}.{name}": weight for part, state in states.items() for name, weight in state.items()}
+
+    def save(self, path: str | os.PathLike[str], layout: str = "diffusers", dtype: torch.dtype | None = None) -> None:
+        """Write the model to `path`: a folder that diffusers loads too, or one file in the "compvis" layout.
+
+        Loaded LoRAs are merged into the weights that are written; added tokens are in the vocabulary. Raises ValueError
+        for another layout, FileExistsError where something else than a model is in the way.
+        """
+        states = self.adapters.merged({name: module.state_dict() for name, module in self.modules.items()})
+        save(Model(states, self.config, self.tokenizer, self.generation), path, layout=layout, dtype=dtype)
+
+    # ------------------------------------------------ adapters and taps
+
+    def load_lora(self, path: str | os.PathLike[str], scale: float = 1.0) -> "LoRA":
+        """Add a LoRA (Hu et al. 2021, arXiv:2106.09685) beside the weights: see `Adapters.load_lora`."""
+        return self.adapters.load_lora(path, scale)
+
+    def unload_lora(self, path: str | os.PathLike[str] | None = None) -> None:
+        """Remove the LoRA of this path, or all: the model is as it was, to the last bit."""
+        self.adapters.unload_lora(path)
+
+    def load_embedding(self, path: str | os.PathLike[str] | Tensor, token: str | None = None) -> list[str]:
+        """Add the tokens of a textual inversion (Gal et al. 2022, arXiv:2208.01618): `Adapters.load_embedding`."""
+        return self.adapters.load_embedding(path, token)
+
+    def unload_embedding(self, token: str | None = None) -> None:
+        """Remove one added token, or all."""
+        self.adapters.unload_embedding(token)
+
+    def taps(self, *patterns: str, **settings: Any) -> "Taps":
+        """Read, or edit, any intermediate tensor while the model runs: see `lab/taps.py`."""
+        from minisd.lab.taps import Taps
+
+        return Taps(self, *patterns, **settings)
