@@ -155,7 +155,8 @@ class StableDiffusion(LatentDiffusionModel):
 
 def guide(negative: Tensor, positive: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
     """Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598): from the unconditional (or negative) prediction
-    towards the conditional one, and beyond it."""
+    towards the conditional one, and beyond it.
+    """
     eps = negative + scale * (positive - negative)
     return rescale_guidance(eps, positive, rescale) if rescale > 0 else eps
 

@@ -53,6 +53,8 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
+    """What one file says of its tensors, before any value is read."""
+
     path: Path
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]

@@ -4,14 +4,16 @@ An option's parameter has the name that the setting has in `minisd.sampling.Samp
 """
 
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import click
 
+Command = TypeVar("Command", bound=Callable[..., Any])
 SEEDS = click.IntRange(0, 2**63 - 1)
 
 
-class Size(click.ParamType):
+class Size(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4 only
     """ "512" or "512x768" (width x height), in pixels."""
 
     name = "WIDTHxHEIGHT"
@@ -121,10 +123,10 @@ GENERATION = (
 )
 
 
-def options(*names: str) -> Any:
+def options(*names: str) -> Callable[[Command], Command]:
     """Give a command the options of these names, in this order."""
 
-    def decorate(command: Any) -> Any:
+    def decorate(command: Command) -> Command:
         for name in reversed(names):
             command = OPTIONS[name](command)
         return command

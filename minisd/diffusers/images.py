@@ -88,7 +88,8 @@ class VaeImageProcessor:
 
     def postprocess(self, image: Tensor, output_type: str = "pil") -> Any:
         """Decoded images (B, 3, H, W) in [-1, 1] -> "pil": a list of pictures; "np": (B, H, W, 3) in [0, 1]; "pt":
-        (B, 3, H, W) in [0, 1]; "latent": what was given. Raises ValueError for another `output_type`."""
+        (B, 3, H, W) in [0, 1]; "latent": what was given. Raises ValueError for another `output_type`.
+        """
         check_output_type(output_type)
         if output_type == "latent":
             return image

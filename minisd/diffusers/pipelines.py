@@ -364,7 +364,8 @@ class StableDiffusionImg2ImgPipeline(StableDiffusionPipeline):
 
 class StableDiffusionInpaintPipeline(StableDiffusionPipeline):
     """Painting into a mask, with any UNet (what is outside the mask is put back after each step), or with one of nine
-    input channels that was trained for it (it sees the mask and the picture without it: Rombach et al. 2022, 4.5)."""
+    input channels that was trained for it (it sees the mask and the picture without it: Rombach et al. 2022, 4.5).
+    """
 
     _callback_tensor_inputs = (*StableDiffusionPipeline._callback_tensor_inputs, "mask", "masked_image_latents")
     _corrections: ClassVar[dict[str, Any]] = {"steps_offset": 1}

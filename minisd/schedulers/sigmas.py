@@ -194,7 +194,8 @@ class SigmaScheduler(SteppingScheduler):
     @property
     def init_noise_sigma(self) -> Tensor:  # type: ignore[override]
         """The standard deviation of the initial noise. With "leading" the first timestep is not the noisiest, and
-        the noise there has the signal's variance besides."""
+        the noise there has the signal's variance besides.
+        """
         largest = self.sigmas.max()
         return largest if self.timestep_spacing in ("linspace", "trailing") else (largest**2 + 1) ** 0.5
 

@@ -321,7 +321,8 @@ OUT = (3, 0)  # the end of the UNet
 
 def block_of(key: Key) -> tuple[int, int]:
     """Which of CompVis' blocks a UNet weight is in, to be sorted by: the time embedding counts to the first (IN00);
-    the end (OUT) to the last one."""
+    the end (OUT) to the last one.
+    """
     part, number = key.compvis.split(".")[:2]
     places = {"time_embed": (0, 0), "middle_block": (1, 0), "out": OUT}
     return places[part] if part in places else ({"input_blocks": 0, "output_blocks": 2}[part], int(number))
