@@ -20,6 +20,14 @@ if TYPE_CHECKING:
     from minisd.schedulers import DDIMInverseScheduler as DDIMInverseScheduler
     from minisd.schedulers import DDIMScheduler as DDIMScheduler
     from minisd.schedulers import DDPMScheduler as DDPMScheduler
+    from minisd.schedulers import DPMSolverMultistepScheduler as DPMSolverMultistepScheduler
+    from minisd.schedulers import EulerAncestralDiscreteScheduler as EulerAncestralDiscreteScheduler
+    from minisd.schedulers import EulerDiscreteScheduler as EulerDiscreteScheduler
+    from minisd.schedulers import HeunDiscreteScheduler as HeunDiscreteScheduler
+    from minisd.schedulers import LCMScheduler as LCMScheduler
+    from minisd.schedulers import LMSDiscreteScheduler as LMSDiscreteScheduler
+    from minisd.schedulers import PNDMScheduler as PNDMScheduler
+    from minisd.schedulers import UniPCMultistepScheduler as UniPCMultistepScheduler
 
 __version__ = "0.2.0"
 
@@ -27,9 +35,22 @@ _HOME = {
     "CheckpointError": "minisd.files",
     "SD15": "minisd.config",
     "StableDiffusion": "minisd.pipeline",
-    "DDIMScheduler": "minisd.schedulers",
-    "DDPMScheduler": "minisd.schedulers",
-    "DDIMInverseScheduler": "minisd.schedulers",
+    **dict.fromkeys(
+        (
+            "DDIMInverseScheduler",
+            "DDIMScheduler",
+            "DDPMScheduler",
+            "DPMSolverMultistepScheduler",
+            "EulerAncestralDiscreteScheduler",
+            "EulerDiscreteScheduler",
+            "HeunDiscreteScheduler",
+            "LCMScheduler",
+            "LMSDiscreteScheduler",
+            "PNDMScheduler",
+            "UniPCMultistepScheduler",
+        ),
+        "minisd.schedulers",
+    ),
 }
 
 __all__ = list(_HOME)

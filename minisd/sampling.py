@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minisd.noise import Generators
-from minisd.schedulers import DDIMScheduler, Scheduler, named
+from minisd.schedulers import Scheduler, named
 
 Texts = str | list[str] | Tensor  # a prompt, several, or their token embeddings after the text encoder (B, 77, D)
 PredictNoise = Callable[[Tensor, Tensor, Tensor, float, float], Tensor]  # x, t, context, guidance scale and rescale
@@ -69,7 +69,7 @@ class Sampling:
     `latents`            (B, 4, H/8, W/8), initial noise of unit variance in the place of drawn noise
     `scheduler`          a name of `schedulers/names.py` ("ddim", the default; "euler_a", "DPM++ 2M Karras"), "model"
                          for the one that the model's folder names, or a scheduler object
-    `eta`                0 (DDIM, deterministic) to 1 (as random as DDPM); only "ddim" takes it
+    `eta`                0 (DDIM, deterministic) to 1 (as random as DDPM); only "ddim" uses it
     `images_per_prompt`  how many images to generate of each prompt
     `clip_skip`          how many of the text encoder's last layers to leave out
 
@@ -104,9 +104,7 @@ class Sampling:
             if number is not None and (not isinstance(number, Real) or not 0 <= float(number) < float("inf")):
                 raise ValueError(f"{name}={number}: must be a finite number, at least 0")
         if isinstance(self.scheduler, str) and self.scheduler != "model":
-            kind, _ = named(self.scheduler)
-            if self.eta and kind is not DDIMScheduler:
-                raise ValueError("eta is an option of ddim; ddpm is always as random as eta 1, others have theirs")
+            named(self.scheduler)
         self.make_generator()
         if self.start is not None:
             check_whole("start", self.start, least=0)  # how many steps there are, the model knows

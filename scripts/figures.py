@@ -18,6 +18,7 @@ from page import run_section
 from PIL import Image
 
 from minisd.pipeline import StableDiffusion, to_pictures
+from minisd.schedulers import NAMES
 from minisd.tasks import (
     LossGuidance,
     colour_loss,
@@ -175,6 +176,18 @@ def schedule(sd: StableDiffusion) -> Image.Image:
     return as_picture(sd.make_scheduler("ddim"), 10)
 
 
+def schedulers(sd: StableDiffusion) -> Image.Image:
+    """The same prompt and seed in 5, 10 and 20 steps by each scheduler."""
+    prompt, counts = "a mushroom on a blue background", (5, 10, 20)
+    names = [name for name in NAMES if name != "lcm"]  # made for distilled models, which this one is not
+    pictures = [
+        sd.text_to_image(prompt, steps=steps, guidance_scale=4.0, seed=SEED, scheduler=name)[0]
+        for steps in counts
+        for name in names
+    ]
+    return contact_sheet(pictures, [f"{name}, {steps}" for steps in counts for name in names], len(names))
+
+
 FIGURES: dict[str, Callable[[StableDiffusion], Image.Image]] = {
     "samples": samples,
     "guidance": guidance,
@@ -186,6 +199,7 @@ FIGURES: dict[str, Callable[[StableDiffusion], Image.Image]] = {
     "guided": guided,
     "surgery": surgery,
     "schedule": schedule,
+    "schedulers": schedulers,
 }
 
 

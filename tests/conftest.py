@@ -1,6 +1,7 @@
 """Fixtures for all tests, and what decides which run: no network, ever; real weights only if given."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test may touch the network
@@ -9,6 +10,35 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several processes: each on one core, 
 
 import pytest
 import torch
+
+REFERENCES = ("diffusers", "transformers", "accelerate", "peft", "scipy")  # what minisd is compared with, and its needs
+
+
+def pytest_configure() -> None:
+    """A missing reference skips tests on a laptop, visibly; in continuous integration it fails the whole run."""
+    if os.environ.get("CI") and (missing := missing_references()):
+        raise pytest.UsageError(f"not installed: {', '.join(missing)}; pip install -e '.[test]'")
+
+
+def missing_references() -> list[str]:
+    return [name for name in REFERENCES if find_spec(name) is None]
+
+
+# What takes seconds a test: trained models, whole images, browsers, other processes.
+SLOW = """
+adapters/ pages/ programs/test_parts programs/test_pipelines programs/test_programs tasks/ training/
+lab/parity/test_bundle lab/parity/test_plugin lab/parity/test_proof lab/parity/test_report lab/parity/test_sides
+lab/test_convert lab/test_finite lab/test_merge lab/test_selftest lab/test_surgery lab/test_taps lab/test_zoo
+parity/test_ledger parity/test_pipeline parity/test_teeth unit/test_embedded_model unit/test_hub unit/test_references
+""".split()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests in those files and folders as slow."""
+    for item in items:
+        name = item.path.relative_to(Path(__file__).parent).as_posix()
+        if name.startswith(tuple(SLOW)):
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

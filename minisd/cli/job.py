@@ -52,6 +52,8 @@ class Job:
         paths = plan_paths(options["output"], prompt, seed, extra.get("frames", images))
         if options.get("steps_dir") is not None:
             check_folder(Path(options["steps_dir"]))
+        if options.get("eta") and options["scheduler"] != "ddim":  # a person would wonder; programs pass it along
+            raise ValueError("eta is an option of ddim; ddpm is always as random as eta 1, others have theirs")
         sampling = Sampling(**{name: value for name, value in options.items() if name in OWN - {"seed"}})
         sd = load(options)
         extra |= load_adapters(sd, options["loras"], options["embeddings"])

@@ -11,9 +11,7 @@ from minisd import StableDiffusion
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """All that the page's code makes, and the pictures of an untouched model."""
-    names = run_section(
-        "minisd/lab/weights/README.md", "Surgery", tmp_path_factory.mktemp("surgery"), "minisd/lab/weights/README.md"
-    )
+    names = run_section("minisd/lab/weights/README.md", "Surgery", tmp_path_factory.mktemp("surgery"))
     sd = StableDiffusion.load("emoji")
     for word, prompt in (("cat", "cat face"), ("heart", "red heart")):
         names[word] = sd.text_to_image(prompt, steps=20, guidance_scale=4.0, seed=4)[0]

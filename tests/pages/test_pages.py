@@ -19,8 +19,6 @@ from minisd.checkpoint.hub import embedded_model
 from minisd.lab.weights.extract import extract
 from minisd.layers import ResnetBlock
 
-pytestmark = pytest.mark.slow
-
 COMMANDS = {"minisd": [sys.executable, "-m", "minisd"], "python": [sys.executable]}
 ELSEWHERE = ("pip install",)  # the continuous integration starts with these very lines
 

@@ -150,3 +150,40 @@ def embedded():
 def test_embedded_model(embedded, prompt, settings):
     theirs = embedded[0](prompt, num_inference_steps=10, generator=seeded(), **settings).images
     assert same(embedded[1].text_to_image(prompt, steps=10, seed=7, **settings), theirs)
+
+
+# ------------------------------------------------ every scheduler, whole images
+
+OTHERS = {
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "DPM++ 2M Karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "dpm++_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_scheduler(twin, ours, name):
+    import diffusers
+
+    theirs, (kind, arguments) = twin[0], OTHERS[name]
+    scheduler = getattr(diffusers, kind).from_config(theirs.scheduler.config, **arguments)
+    pipeline = type(theirs)(**{**theirs.components, "scheduler": scheduler}, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    reference = pipeline("a cat", num_inference_steps=6, generator=seeded()).images
+    assert same(ours.text_to_image("a cat", steps=6, seed=7, scheduler=name), reference)
+
+
+def test_the_models_own_scheduler(ours):
+    own = minisd.StableDiffusion(**ours.modules, tokenizer=ours.tokenizer, scheduler=dict(ours.scheduler_config))
+    own.scheduler_config["_class_name"] = "PNDMScheduler"
+    settings = {"steps": 4, "seed": 1}
+    found = own.text_to_image("a cat", scheduler="model", **settings)
+    scheduler = minisd.PNDMScheduler.from_config(own.scheduler_config)
+    assert same(found, own.text_to_image("a cat", scheduler=scheduler, **settings))
+    assert not same(found, own.text_to_image("a cat", **settings))
