@@ -127,7 +127,7 @@ def _parse(table: str) -> dict[str, tuple[str, ...]]:
 
 EMOJI = _parse(EMOJI_TABLE)
 
-# Words after which English takes no article ("a french fries" would be learnt, too, but reads badly).
+# Words after which English takes no article ("a french fries" would be learned, too, but reads badly).
 PLURAL = {"grapes", "cherries", "french fries", "glasses", "eyeglasses", "eyes", "lips", "heart eyes", "scissors"}
 UNCOUNTED = {
     "fire",

@@ -1,4 +1,4 @@
-"""Recognise an emoji in a picture, by looking: no network, nothing learnt.
+"""Recognise an emoji in a picture, by looking: no network, nothing learned.
 
 The figure is cut out of its ground, shrunk to 32 x 32 pixels and compared with every kept emoji as the font draws it.
 The measure is Pearson's correlation of the colours, so 1 is the very emoji and 0 is nothing in common.

@@ -3,7 +3,7 @@
     python scripts/train_embedding.py 🐙 "<thing>" --out thing.safetensors
     minisd generate "a <thing> on a blue background" --embedding thing.safetensors
 
-Nothing of the model changes. Only the new word's rows in the text encoder's table are learnt, so that the word makes
+Nothing of the model changes. Only the new word's rows in the text encoder's table are learned, so that the word makes
 the model predict the noise in the pictures (Gal et al. 2022, arXiv:2208.01618). What the model cannot paint no word
 can make it paint: the pictures here show an emoji that it knows, but it is never told its name. (For a thing that is
 new see `train_lora.py`.) diffusers loads the file too.

@@ -175,7 +175,7 @@ def grid(sd: StableDiffusion, columns: int = 8) -> Image.Image:
 
 
 def new_denoiser(start: str | None) -> Denoiser:
-    """Fresh weights, or those of a model that learnt before (from smaller pictures, say)."""
+    """Fresh weights, or those of a model that learned before (from smaller pictures, say)."""
     torch.manual_seed(SEED)
     denoiser = Denoiser()
     if start:

@@ -170,7 +170,7 @@ def scaling_factor(vae: VAE, paintings: Dataset[np.ndarray], count: int = 1024) 
 def new_vae(start: Path | None, decoder_of: Path | None) -> VAE:
     """Fresh weights; those of a run before; or those of a finished run, to train its decoder only.
 
-    With the encoder the latents stay what they were, and a UNet that learnt them stays valid (as in Stability AI's
+    With the encoder the latents stay what they were, and a UNet that learned them stays valid (as in Stability AI's
     sd-vae-ft-mse).
     """
     torch.manual_seed(0)

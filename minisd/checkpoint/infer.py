@@ -33,7 +33,7 @@ def infer_unet(tensors: Tensors, naming: Naming) -> UNetConfig:
 
 
 def unet_levels(tensors: Tensors, naming: Naming) -> tuple[list[int], list[bool], int]:
-    """Walk down the file's UNet as far as it goes: the width and attention of each level, and its resnets."""
+    """Follow the UNet of the file level by level: the width and attention of each level, and its resnets."""
     diffusers = naming.column == "diffusers"
 
     def find(name: str) -> TensorInfo | None:

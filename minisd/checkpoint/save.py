@@ -158,7 +158,7 @@ def write_settings(folder: Path, config: ModelConfig, tokenizer: CLIPTokenizer, 
     """What a folder in diffusers' layout holds beside the weights."""
     for component in COMPONENTS:
         stored = configs.WRITERS[component](getattr(config, component))
-        if component == "text_encoder":  # learnt words may stand behind the two special tokens
+        if component == "text_encoder":  # added tokens may stand behind the two special tokens
             ends = {"bos_token_id": START, "eos_token_id": END, "pad_token_id": END}
             stored |= {name: tokenizer.vocabulary[token] for name, token in ends.items()}
         write_json(folder / component / "config.json", stored)

@@ -194,5 +194,5 @@ def test_a_model_with_learnt_words(models, tmp_path):
     sd.load_embedding(torch.ones(3, 64), "<x>")
     sd.save(tmp_path / "taught")
     for a, b, letter in ((models / "a", tmp_path / "taught", "B"), (tmp_path / "taught", models / "a", "A")):
-        with pytest.raises(minisd.CheckpointError, match=f"token_embedding.weight: {letter} has learnt 3 more tokens"):
+        with pytest.raises(minisd.CheckpointError, match=f"token_embedding.weight: {letter} has 3 added tokens more"):
             extract(a, b, rank=2, target=tmp_path / "e.safetensors")

@@ -3,7 +3,7 @@
     with float64():
         context = sd.text_encoder(sd.tokenizer(["red heart"]))  # float64, though the weights are float32
 
-`.double()` on a module is not enough: code with a hard-coded float32 (the waves of the time embedding, say) would go on
+`.double()` on a module is not enough: code with a hard-coded float32 (the sinusoidal embedding, say) would go on
 rounding there, and a correct implementation would look wrong. Under `float64` every operation gets its floating-point
 arguments in float64, and every dtype that is asked for becomes float64. Weights stay as they are and are widened at
 the operation that reads them, so that a network needs no second copy in memory.

@@ -107,17 +107,17 @@ def common(a: Source, b: Source) -> dict[str, tuple[Part, Part]]:
         for key in left.keys:
             theirs = right.match.sources.get(key.minisd, (None, ()))[1]
             if theirs != key.shape:
-                words = learnt_words(key.minisd, key.shape, theirs)
+                words = added_tokens(key.minisd, key.shape, theirs)
                 raise CheckpointError(f"{a} and {b}: the {TITLES[name]}s differ in shape at {key.minisd}{words}")
     return pairs
 
 
-def learnt_words(name: str, a: tuple[int, ...], b: tuple[int, ...]) -> str:
+def added_tokens(name: str, a: tuple[int, ...], b: tuple[int, ...]) -> str:
     """Tables of tokens that differ only in length: what that means, and the way out. Of anything else: nothing."""
     if name != "token_embedding.weight" or a[1:] != b[1:]:
         return ""
     longer = "A" if a > b else "B"
-    return f": {longer} has learnt {abs(a[0] - b[0])} more tokens, which no LoRA holds; give one saved without them"
+    return f": {longer} has {abs(a[0] - b[0])} added tokens more, which no LoRA holds; give one saved without them"
 
 
 def changed_layers(
