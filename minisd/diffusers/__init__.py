@@ -21,20 +21,28 @@ folder of SD 1.5 names PNDM, and a program must assign `pipe.scheduler` first.
 """
 
 from minisd.diffusers.images import VaeImageProcessor
-from minisd.diffusers.models import (
-    AutoencoderKL,
-    DDIMInverseScheduler,
-    DDIMScheduler,
-    DDPMScheduler,
-    UNet2DConditionModel,
-)
+from minisd.diffusers.models import AutoencoderKL, UNet2DConditionModel
 from minisd.diffusers.pipelines import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
 )
 from minisd.diffusers.refusing import NotCoveredError
-from minisd.diffusers.text import CLIPTextModel, CLIPTokenizer
+from minisd.diffusers.schedulers import (
+    DDIMInverseScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
+from minisd.diffusers.text_encoder import CLIPTextModel
+from minisd.diffusers.tokenizer import CLIPTokenizer
 
 __all__ = [
     "AutoencoderKL",
@@ -43,11 +51,19 @@ __all__ = [
     "DDIMInverseScheduler",
     "DDIMScheduler",
     "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "LCMScheduler",
+    "LMSDiscreteScheduler",
     "NotCoveredError",
+    "PNDMScheduler",
     "StableDiffusionImg2ImgPipeline",
     "StableDiffusionInpaintPipeline",
     "StableDiffusionPipeline",
     "UNet2DConditionModel",
+    "UniPCMultistepScheduler",
     "VaeImageProcessor",
 ]
 

@@ -20,9 +20,12 @@ from tqdm import tqdm
 from minisd.checkpoint.load import Checkpoint, build, open_checkpoint, read_tokenizer, usable_device
 from minisd.diffusers.images import VaeImageProcessor
 from minisd.diffusers.loading import NEUTRAL, Source, check_is_variant, check_variant, chosen_dtype
-from minisd.diffusers.models import SCHEDULERS, AutoencoderKL, SavesMemory, UncoveredScheduler, UNet2DConditionModel
+from minisd.diffusers.models import AutoencoderKL, UNet2DConditionModel
+from minisd.diffusers.models.network import SavesMemory
 from minisd.diffusers.refusing import NotCoveredError, accept, missing, parameters
-from minisd.diffusers.text import CLIPTextModel, CLIPTokenizer
+from minisd.diffusers.schedulers import SCHEDULERS, UncoveredScheduler
+from minisd.diffusers.text_encoder import CLIPTextModel
+from minisd.diffusers.tokenizer import CLIPTokenizer
 from minisd.files import read_json_object, write_whole
 from minisd.pipeline import StableDiffusion
 from minisd.schedulers import Scheduler, SchedulerConfig, StepResult
@@ -244,7 +247,7 @@ def loaded(checkpoint: Checkpoint, dtype: torch.dtype | None, given: Mapping[str
     for note in checkpoint.notes:
         warnings.warn(note, stacklevel=3)
     parts: dict[str, Any] = {
-        name: kind(build(kind.kind, checkpoint.components[name], dtype, torch.device("cpu")))
+        name: kind.of(build(kind.kind, checkpoint.components[name], dtype, torch.device("cpu")))
         for name, kind in NETWORKS.items()
         if name not in given
     }

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minisd.diffusers.assembly import Assembly, step_arguments
 from minisd.diffusers.images import VaeImageProcessor, check_output_type
-from minisd.diffusers.models import Output
+from minisd.diffusers.outputs import Output
 from minisd.diffusers.refusing import NotCoveredError, accept, parameters, shortened
 from minisd.noise import Generators, draw_noise
 from minisd.pipeline import guide

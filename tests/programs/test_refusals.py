@@ -92,8 +92,13 @@ def test_loading_a_part(name):
 
 
 def test_networks_without_weights():
-    with pytest.raises(NOT_COVERED, match=r"UNet2DConditionModel\(sample_size, in_channels\).* from_pretrained"):
-        dialect.UNet2DConditionModel(sample_size=8, in_channels=4)
+    for settings, words in (
+        ({"class_embed_type": "timestep"}, "class_embed_type='timestep' is not supported"),
+        ({"layers": 3}, "UNet2DConditionModel: has no fields that nobody knows: layers"),
+        ({"block_out_channels": (30, 64, 64, 64)}, "norm_groups=32 does not divide the width 30"),
+    ):
+        with pytest.raises(NOT_COVERED, match=words):
+            dialect.UNet2DConditionModel(**settings)
 
 
 def test_loading_a_scheduler():
@@ -126,12 +131,12 @@ def test_what_comes_after_a_dot(pipe, name):
 
 
 def test_what_comes_after_the_dot_of_a_part(pipe):
-    with pytest.raises(AttributeError, match=r"UNet2DConditionModel.set_attn_processor is not covered .*forward"):
-        pipe.unet.set_attn_processor(None)
+    with pytest.raises(AttributeError, match=r"UNet2DConditionModel.fuse_qkv_projections is not covered .*forward"):
+        pipe.unet.fuse_qkv_projections()
     with pytest.raises(AttributeError, match=r"AutoencoderKL.tiled_decode is not covered .*decode"):
         pipe.vae.tiled_decode(None)
-    with pytest.raises(AttributeError, match=r"CLIPTextModel.resize_token_embeddings is not covered"):
-        pipe.text_encoder.resize_token_embeddings(3)
+    with pytest.raises(AttributeError, match=r"CLIPTextModel.add_adapter is not covered"):
+        pipe.text_encoder.add_adapter(3)
     with pytest.raises(AttributeError, match=r"CLIPTokenizer.add_tokens is not covered .*decode"):
         pipe.tokenizer.add_tokens("x")
     with pytest.raises(AttributeError, match=r"config.nothing is not covered .*in_channels"):
@@ -142,9 +147,9 @@ def test_what_comes_after_the_dot_of_a_part(pipe):
 
 def test_names_that_cannot_be_imported():
     with pytest.raises(
-        ImportError, match=r"PNDMScheduler is not covered by minisd\.diffusers, which has AutoencoderKL"
+        ImportError, match=r"DEISMultistepScheduler is not covered by minisd\.diffusers, which has AutoencoderKL"
     ):
-        from minisd.diffusers import PNDMScheduler  # noqa: F401
+        from minisd.diffusers import DEISMultistepScheduler  # noqa: F401
     assert not hasattr(dialect, "__nothing__")
     assert {"StableDiffusionPipeline", "NotCoveredError"} <= set(dialect.__all__)
 

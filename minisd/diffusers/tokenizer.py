@@ -1,7 +1,4 @@
-"""transformers' two classes, as programs over diffusers use them: CLIPTextModel and CLIPTokenizer.
-
-Both hold minisd's own and translate. Next: `pipelines.py`.
-"""
+"""transformers' `CLIPTokenizer`, as programs over diffusers use it: minisd's own, and the answers that it lacks."""
 
 from __future__ import annotations
 
@@ -10,149 +7,16 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minisd import tokenizer
 from minisd.checkpoint.load import load_tokenizer
 from minisd.diffusers.loading import NEUTRAL, Source, folder_of_texts
-from minisd.diffusers.models import Network, Output, output
+from minisd.diffusers.outputs import Output
 from minisd.diffusers.refusing import NotCoveredError, accept, missing, parameters
-from minisd.text_encoder import TextEncoder, TextLayer
 
 if TYPE_CHECKING:
     from typing import Self
-
-
-class Embeddings(nn.Module):
-    """Where ids become vectors: `minisd.text_encoder`'s two tables, under transformers' names."""
-
-    position_ids: Tensor
-
-    def __init__(self, core: TextEncoder) -> None:
-        super().__init__()
-        self.token_embedding, self.position_embedding = core.token_embedding, core.position_embedding
-        positions = torch.arange(core.config.context_length)[None]  # (1, 77)
-        self.register_buffer("position_ids", positions, persistent=False)
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-    ) -> Tensor:
-        """Ids (B, T), or vectors in their place (B, T, D) -> vectors with positions (B, T, D)."""
-        if inputs_embeds is None:
-            inputs_embeds = self.token_embedding(input_ids)
-        length, longest = inputs_embeds.shape[-2], self.position_ids.shape[-1]
-        if length > longest:
-            raise ValueError(f"{length} tokens: this text encoder takes at most {longest}")
-        positions = self.position_ids[:, :length] if position_ids is None else position_ids
-        return inputs_embeds + self.position_embedding(positions)
-
-
-class Encoder(nn.Module):
-    """`minisd.text_encoder`'s layers, for programs that bring vectors of their own."""
-
-    def __init__(self, layers: Iterable[TextLayer]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-    def forward(
-        self,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | None = None,
-        causal_attention_mask: Tensor | None = None,
-        output_hidden_states: bool | None = False,
-        return_dict: bool | None = True,
-        **others: Any,
-    ) -> Any:
-        """(B, T, D) -> `.last_hidden_state` (B, T, D), before the final norm; `.hidden_states` if asked for.
-
-        Attention is causal always: a `causal_attention_mask` is checked to say so, and not needed.
-        """
-        accept("encoder", others, {"is_causal": (True,), "output_attentions": (None, False)}, parameters(self.forward))
-        check_mask(attention_mask)
-        check_causal(causal_attention_mask)
-        states = [inputs_embeds]
-        for layer in self.layers:
-            states.append(layer(states[-1]))
-        extra = {"hidden_states": tuple(states)} if output_hidden_states else {}
-        return output(return_dict, last_hidden_state=states[-1], **extra)
-
-
-def check_mask(mask: Tensor | None) -> None:
-    """Raises NotCoveredError for a mask that hides anything: Stable Diffusion was trained to see the padding too."""
-    if mask is not None and not bool(torch.as_tensor(mask).all()):
-        raise NotCoveredError("attention_mask: masks that hide tokens are not covered by minisd.diffusers; give none")
-
-
-def check_causal(mask: Tensor | None) -> None:
-    """Raises NotCoveredError for a mask (..., T, T) that does not hide just what comes later."""
-    if mask is not None and not torch.equal(mask < 0, torch.ones_like(mask, dtype=torch.bool).triu(1)):
-        raise NotCoveredError("causal_attention_mask: masks that are not causal are not covered by minisd.diffusers")
-
-
-class CLIPTextModel(Network):
-    """`minisd.text_encoder.TextEncoder`, in the pieces that transformers' model has."""
-
-    component, kind = "text_encoder", TextEncoder
-    default_dtype = None  # as transformers has it since its version 5
-
-    def hold(self, core: TextEncoder) -> None:
-        self.__dict__["_core"] = core
-        self.embeddings, self.encoder = Embeddings(core), Encoder(core.layers)  # type: ignore[arg-type]
-        self.final_layer_norm = core.final_norm
-
-    @property
-    def core(self) -> TextEncoder:
-        """minisd's encoder with the pieces that are here now, whatever a program has put in the place of the first.
-
-        It is no submodule: the pieces are, and would be listed twice.
-        """
-        core: TextEncoder = self.__dict__["_core"]
-        core.token_embedding, core.position_embedding = (
-            self.embeddings.token_embedding,
-            self.embeddings.position_embedding,
-        )
-        core.layers, core.final_norm = self.encoder.layers, self.final_layer_norm
-        return core
-
-    @property
-    def text_model(self) -> CLIPTextModel:
-        """Before its version 5.6 transformers had the pieces in here."""
-        return self
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        output_hidden_states: bool | None = False,
-        return_dict: bool | None = True,
-        **others: Any,
-    ) -> Any:
-        """Ids (B, T) -> `.last_hidden_state` (B, T, D), `.pooler_output` (B, D): the end token's vector.
-
-        With `output_hidden_states` also `.hidden_states`: before the first layer, and after each, without final norm.
-        """
-        accept("CLIPTextModel", others, {"output_attentions": (None, False)}, parameters(self.forward))
-        ids = input_ids.view(-1, input_ids.shape[-1])
-        encoded = self.encoder(self.embeddings(ids, position_ids), attention_mask, output_hidden_states=True)
-        last = self.final_layer_norm(encoded.last_hidden_state)
-        ends = ids.argmax(dim=-1)  # the end token's id is the largest
-        pooled = last[torch.arange(len(ids), device=last.device), ends]
-        extra = {"hidden_states": encoded.hidden_states} if output_hidden_states else {}
-        return output(return_dict, last_hidden_state=last, pooler_output=pooled, **extra)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings.token_embedding
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embeddings.token_embedding = value  # type: ignore[assignment]
-
-    def _build_causal_attention_mask(self, batch: int, length: int, dtype: torch.dtype) -> Tensor:
-        """(B, 1, T, T), the lowest number where a token must not look: transformers' own, before its version 4.28."""
-        return torch.full((batch, 1, length, length), torch.finfo(dtype).min, dtype=dtype).triu(1)
 
 
 class CLIPTokenizer:
