@@ -23,6 +23,10 @@ folder of SD 1.5 names PNDM, and a program must assign `pipe.scheduler` first.
 from minisd.diffusers.images import VaeImageProcessor
 from minisd.diffusers.models import AutoencoderKL, UNet2DConditionModel
 from minisd.diffusers.pipelines import (
+    AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
+    AutoPipelineForText2Image,
+    DiffusionPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
@@ -45,6 +49,9 @@ from minisd.diffusers.text_encoder import CLIPTextModel
 from minisd.diffusers.tokenizer import CLIPTokenizer
 
 __all__ = [
+    "AutoPipelineForImage2Image",
+    "AutoPipelineForInpainting",
+    "AutoPipelineForText2Image",
     "AutoencoderKL",
     "CLIPTextModel",
     "CLIPTokenizer",
@@ -52,6 +59,7 @@ __all__ = [
     "DDIMScheduler",
     "DDPMScheduler",
     "DPMSolverMultistepScheduler",
+    "DiffusionPipeline",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
     "HeunDiscreteScheduler",

@@ -1,494 +1,68 @@
-"""diffusers' three pipelines over minisd's: text to image, image to image, inpainting.
-
-What is here is translation: diffusers' arguments, its rules for pairing prompts with images, its order of drawing
-random numbers, its callbacks. The sampling loop is `StableDiffusion.denoise`; what image to image and inpainting do
-before and after a step is in `minisd/tasks`.
-"""
+"""The pipelines by name, and those that find out by themselves which one a folder names."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from minisd.checkpoint.hub import resolve
+from minisd.diffusers.assembly import Assembly
+from minisd.diffusers.image_to_image import StableDiffusionImg2ImgPipeline
+from minisd.diffusers.inpainting import StableDiffusionInpaintPipeline
+from minisd.diffusers.loading import Source
+from minisd.diffusers.refusing import NotCoveredError
+from minisd.diffusers.text_to_image import StableDiffusionPipeline
+from minisd.files import read_json_object
 
-from minisd.diffusers.assembly import Assembly, step_arguments
-from minisd.diffusers.images import VaeImageProcessor, check_output_type
-from minisd.diffusers.outputs import Output
-from minisd.diffusers.refusing import NotCoveredError, accept, parameters, shortened
-from minisd.noise import Generators, draw_noise
-from minisd.pipeline import guide
-from minisd.sampling import Sampling, Step
-from minisd.tasks.image_to_image import denoise_from
-from minisd.tasks.inpainting import Region, denoise_region
-
-# Arguments of a call that do nothing here, and the values at which they do nothing in diffusers.
-IDLE: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("timesteps", "sigmas", "ip_adapter_image", "ip_adapter_image_embeds"), (None,)),
-    **dict.fromkeys(("callback", "padding_mask_crop"), (None,)),
-    "cross_attention_kwargs": (None, {}),
+PIPELINES: dict[str, type[StableDiffusionPipeline]] = {
+    kind.__name__: kind
+    for kind in (StableDiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline)
 }
 
 
-@dataclass(kw_only=True)
-class Asked:
-    """The arguments that all three pipelines have, with diffusers' names and defaults.
+class DiffusionPipeline:
+    """`DiffusionPipeline.from_pretrained(folder)`: the pipeline whose class the folder names."""
 
-    `prompt_embeds`, `negative_prompt_embeds` (B, T, D) stand in for texts. `generator`: one, or a list of one for each
-    picture. `output_type`: "pil", "np", "pt" or "latent". `callback_on_step_end(pipe, index, timestep, tensors)` is
-    called after each step with the tensors named in `callback_on_step_end_tensor_inputs`; what it returns replaces
-    them, and setting `pipe._interrupt` ends the walk.
-    """
-
-    guidance_scale: float = 7.5
-    negative_prompt: str | list[str] | None = None
-    num_images_per_prompt: int = 1
-    eta: float = 0.0
-    generator: Generators = None
-    prompt_embeds: Tensor | None = None
-    negative_prompt_embeds: Tensor | None = None
-    output_type: str = "pil"
-    return_dict: bool = True
-    clip_skip: int | None = None
-    callback_on_step_end: Callable[..., dict[str, Any]] | None = None
-    callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)
-
-
-class StableDiffusionPipeline(Assembly):
-    """Text to picture: `pipe(prompt).images`."""
-
-    _callback_tensor_inputs: ClassVar[tuple[str, ...]] = ("latents", "prompt_embeds", "negative_prompt_embeds")
-    _guidance_scale, _guidance_rescale, _interrupt, _num_timesteps = 7.5, 0.0, False, 0
-
-    # ------------------------------------------------ what was asked, and what may be looked at meanwhile
-
-    @property
-    def guidance_scale(self) -> float:
-        return self._guidance_scale
-
-    @property
-    def guidance_rescale(self) -> float:
-        return self._guidance_rescale
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        return self._guidance_scale > 1
-
-    @property
-    def num_timesteps(self) -> int:
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        return self._interrupt
-
-    def _understand(self, prompt: str | list[str] | None, settings: Mapping[str, Any]) -> tuple[Asked, int]:
-        """The arguments, checked, and how many pictures they ask for."""
-        names = [field.name for field in fields(Asked)]
-        others = {name: value for name, value in settings.items() if name not in names}
-        accept(type(self).__name__, others, IDLE, [*parameters(type(self).__call__), *names])
-        asked = Asked(**{name: value for name, value in settings.items() if name in names})
-        check_output_type(asked.output_type)
-        one_of("prompt", prompt, asked.prompt_embeds, needed=True)
-        one_of("negative_prompt", asked.negative_prompt, asked.negative_prompt_embeds, needed=False)
-        for name in asked.callback_on_step_end_tensor_inputs:
-            if name not in self._callback_tensor_inputs:
-                known = ", ".join(self._callback_tensor_inputs)
-                raise NotCoveredError(f"callback_on_step_end_tensor_inputs: {name!r} is not covered, which are {known}")
-        if prompt is None:
-            assert asked.prompt_embeds is not None
-            prompts = len(asked.prompt_embeds)
-        else:
-            prompts = len(listed("prompt", prompt))
-        batch = prompts * asked.num_images_per_prompt
-        if isinstance(asked.generator, Sequence) and len(asked.generator) != batch:
-            raise ValueError(
-                f"generator: {len(asked.generator)} given; must be one, or one for each of {batch} pictures"
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Source, **settings: Any) -> Any:
+        """The pipeline in a folder or hub repository. Raises NotCoveredError for a class that minisd has not."""
+        folder = resolve(pretrained_model_name_or_path)
+        name = read_json_object(folder / "model_index.json").get("_class_name")
+        if name not in PIPELINES:
+            raise NotCoveredError(
+                f"{folder}: {name} is not covered by minisd.diffusers, which has {', '.join(PIPELINES)}"
             )
-        self._guidance_scale, self._guidance_rescale, self._interrupt = asked.guidance_scale, 0.0, False
-        return asked, batch
-
-    # ------------------------------------------------ text
-
-    def encode_prompt(
-        self,
-        prompt: str | list[str] | None,
-        device: str | torch.device | None = None,
-        num_images_per_prompt: int = 1,
-        do_classifier_free_guidance: bool = True,
-        negative_prompt: str | list[str] | None = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        lora_scale: float | None = None,
-        clip_skip: int | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Texts -> (prompt, negative prompt), (B * num_images_per_prompt, 77, D) each, or what was given instead.
-
-        Without guidance the second is what was given. `clip_skip` is for the prompt alone. Raises ValueError for texts
-        that do not match each other.
-        """
-        accept("encode_prompt", {"lora_scale": lora_scale}, {"lora_scale": (None,)}, [])
-        positive = prompt_embeds if prompt_embeds is not None else self._embed(listed("prompt", prompt), clip_skip)
-        positive = positive.to(device=device or self.device, dtype=self.text_encoder.dtype)
-        negative = negative_prompt_embeds
-        if do_classifier_free_guidance:
-            if negative is None:
-                negative = self._embed(matching(negative_prompt, prompt, len(positive)), None)
-            negative = negative.to(positive).repeat_interleave(num_images_per_prompt, dim=0)
-        return positive.repeat_interleave(num_images_per_prompt, dim=0), negative
-
-    def _embed(self, prompts: list[str], clip_skip: int | None) -> Tensor:
-        """(B, 77, D), the last layer's output or, `clip_skip` layers earlier, another's; the final norm applied."""
-        tokenizer, encoder = self.tokenizer, self.text_encoder
-        ids = tokenizer(
-            prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-        ).input_ids.to(encoder.device)
-        if clip_skip is None:
-            return encoder(ids)[0]
-        states = encoder(ids, output_hidden_states=True).hidden_states
-        if not isinstance(clip_skip, int) or not 0 <= clip_skip < len(states):
-            raise ValueError(f"clip_skip={clip_skip}: must be a whole number from 0 to {len(states) - 1}")
-        return encoder.final_layer_norm(states[-1 - clip_skip])
-
-    def _encode_prompt(self, *args: Any, **kwargs: Any) -> Tensor:
-        """`encode_prompt` as one tensor, negative prompts first; the prompts alone without guidance."""
-        positive, negative = self.encode_prompt(*args, **kwargs)
-        return positive if negative is None else torch.cat([negative, positive])
-
-    def _encoded(self, prompt: str | list[str] | None, asked: Asked) -> dict[str, Any]:
-        """What callbacks may change: the UNet's context, (2B, T, D) with guidance, and the negative prompts alone."""
-        positive, negative = self.encode_prompt(
-            prompt,
-            self.device,
-            asked.num_images_per_prompt,
-            self.do_classifier_free_guidance,
-            asked.negative_prompt,
-            asked.prompt_embeds,
-            asked.negative_prompt_embeds,
-            clip_skip=asked.clip_skip,
-        )
-        guided = self.do_classifier_free_guidance and negative is not None
-        context = torch.cat([negative, positive]) if guided else positive  # type: ignore[list-item]
-        return {"prompt_embeds": context, "negative_prompt_embeds": negative}
-
-    # ------------------------------------------------ the call
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        prompt: str | list[str] | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int = 50,
-        *,
-        latents: Tensor | None = None,
-        guidance_rescale: float = 0.0,
-        **settings: Any,
-    ) -> Any:
-        """Paint `prompt`: `.images`, `num_images_per_prompt` for each. `settings` are those of `Asked`.
-
-        `height`, `width` in pixels: both, or neither for the model's own size. `latents` (B, 4, H/8, W/8) replace the
-        initial noise. Raises ValueError for impossible settings and NotCoveredError for unknown ones.
-        """
-        asked, batch = self._understand(prompt, settings)
-        self._guidance_rescale = guidance_rescale
-        if not height or not width:  # one alone is ignored, as in diffusers
-            height, width = self._own_size(), self._own_size()
-        state = self._encoded(prompt, asked)
-        self._first_step(num_inference_steps)
-        channels, dtype = self.unet.config.in_channels, state["prompt_embeds"].dtype
-        x = self.prepare_latents(batch, channels, height, width, dtype, self.device, asked.generator, latents)
-        sampling = self._sampling(num_inference_steps, x, asked, state)
-        steps = self._core().denoise(state["prompt_embeds"][-batch:], sampling, latents=x, start=0)
-        return self._finish(self._run(steps, 0, state, asked), asked)
-
-    def _own_size(self) -> int:
-        return self.unet.config.sample_size * self.vae_scale_factor
-
-    def _first_step(self, steps: int, strength: float = 1.0) -> int:
-        """Set the scheduler's timesteps; the index of the first of them to take, for the last `strength` of the steps.
-
-        Raises ValueError for no step at all.
-        """
-        if not 0 <= strength <= 1:
-            raise ValueError(f"strength={strength}: must be from 0 to 1")
-        self.scheduler.set_timesteps(steps, device=self.device)
-        taken = min(int(steps * strength), steps)
-        if taken < 1:
-            raise ValueError(f"strength={strength} of num_inference_steps={steps} leaves no step to take")
-        return steps - taken
-
-    def prepare_latents(
-        self,
-        batch_size: int,
-        num_channels_latents: int,
-        height: int,
-        width: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        generator: Generators,
-        latents: Tensor | None = None,
-    ) -> Tensor:
-        """The noise to start from, (B, C, H/8, W/8), drawn or given, at the scheduler's scale."""
-        shape = self._latent_shape(batch_size, num_channels_latents, height, width)
-        noise = draw_noise(shape, generator, torch.device(device), dtype) if latents is None else latents.to(device)
-        return noise * self.scheduler.init_noise_sigma
-
-    def _latent_shape(self, batch: int, channels: int, height: int, width: int) -> torch.Size:
-        factor = self.vae_scale_factor
-        if height % factor or width % factor:
-            raise ValueError(f"height={height}, width={width}: must be multiples of {factor}")
-        return torch.Size((batch, channels, height // factor, width // factor))
-
-    def prepare_extra_step_kwargs(self, generator: Generators, eta: float) -> dict[str, Any]:
-        """Of the two, those that this scheduler's `step` takes."""
-        return step_arguments(self.scheduler, eta=eta, generator=generator)
-
-    def _sampling(self, steps: int, latents: Tensor, asked: Asked, state: dict[str, Any]) -> Sampling:
-        """The call's arguments as minisd's. Guidance is in `predict_noise`: callbacks may change all that it reads."""
-
-        def predict_noise(x: Tensor, t: Tensor, *_: Any) -> Tensor:
-            guided = self.do_classifier_free_guidance
-            x = torch.cat([x, x]) if guided else x
-            eps = self.unet(x, t, encoder_hidden_states=state["prompt_embeds"], return_dict=False)[0]
-            if not guided:
-                return eps
-            negative, positive = eps.chunk(2)
-            return guide(negative, positive, self._guidance_scale, self._guidance_rescale)
-
-        height, width = (side * self.vae_scale_factor for side in latents.shape[2:])
-        return Sampling(
-            steps=steps,
-            guidance_scale=1.0,
-            height=height,
-            width=width,
-            generator=asked.generator,
-            scheduler=self._loop_scheduler(),
-            eta=asked.eta,
-            predict_noise=predict_noise,
-        )
-
-    def _run(self, steps: Iterator[Step], start: int, state: dict[str, Any], asked: Asked) -> Tensor:
-        """Run the loop from step `start` to its end, or until a callback interrupts: the latents."""
-        start = start * self.scheduler.order
-        timesteps = self.scheduler.timesteps[start:]
-        self._num_timesteps = len(timesteps)
-        with self.progress_bar(total=len(timesteps)) as bar:
-            for step in steps:
-                state["latents"] = step.latents
-                if asked.callback_on_step_end is not None:
-                    index = step.index - start
-                    self._call_back(asked, index, timesteps[index], state)
-                    step.latents = state["latents"]
-                bar.update()
-                if self._interrupt:
-                    break
-        return state["latents"]
-
-    def _call_back(self, asked: Asked, index: int, t: Tensor, state: dict[str, Any]) -> None:
-        """Show the program the tensors it asked for, and take what it changed."""
-        assert asked.callback_on_step_end is not None
-        shown = {name: state[name] for name in asked.callback_on_step_end_tensor_inputs}
-        changed = asked.callback_on_step_end(self, index, t, shown)
-        if not isinstance(changed, dict):
-            raise TypeError(f"callback_on_step_end: must return a dict of tensors, not {shortened(changed)}")
-        state.update({name: value for name, value in changed.items() if name in self._callback_tensor_inputs})
-
-    def _finish(self, latents: Tensor, asked: Asked) -> Any:
-        """Latents -> `.images`, decoded unless latents were asked for."""
-        images = latents
-        if asked.output_type != "latent":
-            decoded = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
-            images = self.image_processor.postprocess(decoded, asked.output_type)
-        return Output(images=images, nsfw_content_detected=None) if asked.return_dict else (images, None)
-
-    @torch.no_grad()
-    def decode_latents(self, latents: Tensor) -> Any:
-        """Scaled latents (B, 4, H/8, W/8) -> a numpy array (B, H, W, 3) in [0, 1]."""
-        decoded = self.vae.decode(1 / self.vae.config.scaling_factor * latents, return_dict=False)[0]
-        return self.image_processor.postprocess(decoded, "np")
-
-    numpy_to_pil = staticmethod(VaeImageProcessor.numpy_to_pil)
-
-    def _encode_images(self, images: Tensor, generator: Generators) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] -> scaled latents, sampled. With a list of generators, one by one."""
-        if isinstance(generator, Sequence):
-            one_by_one = [
-                self.vae.encode(images[i : i + 1]).latent_dist.sample(generator[i]) for i in range(len(images))
-            ]
-            latents = torch.cat(one_by_one)
-        else:
-            latents = self.vae.encode(images).latent_dist.sample(generator)
-        return self.vae.config.scaling_factor * latents
+        return PIPELINES[str(name)].from_pretrained(pretrained_model_name_or_path, **settings)
 
 
-class StableDiffusionImg2ImgPipeline(StableDiffusionPipeline):
-    """Picture to picture: noise is added to `image`, and taken away again under `prompt` (Meng et al. 2021, SDEdit)."""
+class AutoPipeline:
+    """A task's pipeline for whatever Stable Diffusion a folder holds. Base of the three."""
 
-    @torch.no_grad()
-    def __call__(  # type: ignore[override]
-        self,
-        prompt: str | list[str] | None = None,
-        image: Any = None,
-        strength: float = 0.8,
-        num_inference_steps: int = 50,
-        **settings: Any,
-    ) -> Any:
-        """Paint `prompt` over `image` (see `VaeImageProcessor.preprocess`, or latents): `.images`.
+    kind: ClassVar[type[StableDiffusionPipeline]]
 
-        `strength` from 0 to 1: which part of the steps is taken, and so how much noise there is at first. `settings`
-        are those of `Asked`. Raises ValueError for impossible settings and NotCoveredError for unknown ones.
-        """
-        asked, batch = self._understand(prompt, settings)
-        state = self._encoded(prompt, asked)
-        context = state["prompt_embeds"]
-        pixels = self.image_processor.preprocess(image).to(device=self.device, dtype=context.dtype)
-        start = self._first_step(num_inference_steps, strength)
-        clean = self._clean_latents(pixels, batch, asked.generator)
-        noise = draw_noise(clean.shape, asked.generator, self.device, context.dtype)
-        sampling = self._sampling(num_inference_steps, clean, asked, state)
-        steps = denoise_from(self._core(), context[-batch:], clean, noise, sampling, start)
-        return self._finish(self._run(steps, start, state, asked), asked)
+    @classmethod
+    def from_pretrained(cls, pretrained_model_or_path: Source, **settings: Any) -> Any:
+        """As `from_pretrained` of the task's own pipeline."""
+        return cls.kind.from_pretrained(pretrained_model_or_path, **settings)
 
-    def _clean_latents(self, pixels: Tensor, batch: int, generator: Generators) -> Tensor:
-        """The pictures' latents (B, 4, H/8, W/8), repeated to the batch; what has four channels is that already."""
-        if pixels.shape[1] == 4:
-            return stacked("image", pixels, batch)
-        if isinstance(generator, Sequence):  # each copy is then another sample
-            pixels = stacked("image", pixels, batch)
-        return stacked("image", self._encode_images(pixels, generator), batch)
+    @classmethod
+    def from_pipe(cls, pipeline: Assembly, **parts: Any) -> Any:
+        """The task's pipeline with another's parts, which are shared; `parts` replace some."""
+        return cls.kind.from_pipe(pipeline, **parts)
 
 
-class StableDiffusionInpaintPipeline(StableDiffusionPipeline):
-    """Painting into a mask, with any UNet (what is outside the mask is put back after each step), or with one of nine
-    input channels that was trained for it (it sees the mask and the picture without it: Rombach et al. 2022, 4.5)."""
+class AutoPipelineForText2Image(AutoPipeline):
+    """Text to image."""
 
-    _callback_tensor_inputs = (*StableDiffusionPipeline._callback_tensor_inputs, "mask", "masked_image_latents")
-    _corrections: ClassVar[dict[str, Any]] = {"steps_offset": 1}
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.mask_processor = VaeImageProcessor(
-            vae_scale_factor=self.vae_scale_factor, do_normalize=False, do_binarize=True, do_convert_grayscale=True
-        )
-
-    @torch.no_grad()
-    def __call__(  # type: ignore[override]
-        self,
-        prompt: str | list[str] | None = None,
-        image: Any = None,
-        mask_image: Any = None,
-        masked_image_latents: Tensor | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        *,
-        strength: float = 1.0,
-        num_inference_steps: int = 50,
-        latents: Tensor | None = None,
-        **settings: Any,
-    ) -> Any:
-        """Paint `prompt` where `mask_image` is white, into `image` (what those may be: `VaeImageProcessor.preprocess`).
-
-        `strength` as for pictures; at 1 only noise is left of what was there. `height`, `width` in pixels: image and
-        mask are resized to them (default: the model's own size). `latents` replace the noise, `masked_image_latents`
-        those of the picture without the masked part. `settings` are those of `Asked`. Raises ValueError for impossible
-        settings and NotCoveredError for unknown ones.
-        """
-        channels = self.unet.config.in_channels
-        if channels not in (4, 9):
-            raise ValueError(f"this UNet takes {channels} channels: painting into a mask takes 4 or 9")
-        asked, batch = self._understand(prompt, settings)
-        height, width = height or self._own_size(), width or self._own_size()
-        state = self._encoded(prompt, asked)
-        context, generator = state["prompt_embeds"], asked.generator
-        start = self._first_step(num_inference_steps, strength)
-        shape = self._latent_shape(batch, self.vae.config.latent_channels, height, width)
-        pixels = self.image_processor.preprocess(image, height, width).float()
-        mask = self.mask_processor.preprocess(mask_image, height, width)
-        small = enough("mask_image", F.interpolate(mask, size=shape[2:]).to(self.device, context.dtype), batch)
-
-        # Random numbers in diffusers' order: the image's latents, noise, the masked image's latents.
-        noised = strength < 1 and latents is None
-        clean = None
-        if channels == 4 or noised:
-            clean = repeated("image", self._to_latents(pixels, context.dtype, generator), batch)
-        noise = draw_noise(shape, generator, self.device, context.dtype) if latents is None else latents.to(self.device)
-        visible = pixels * (mask < 0.5) if masked_image_latents is None else masked_image_latents
-        visible = enough("image", self._to_latents(visible, context.dtype, generator), batch)
-
-        region, sampling = (
-            Region(small, clean, noise, visible),
-            self._sampling(num_inference_steps, noise, asked, state),
-        )
-        steps = denoise_region(self._core(), context[-batch:], region, sampling, start, noised=noised)
-        return self._finish(self._run(self._shared(steps, region, state), start, state, asked), asked)
-
-    def _shared(self, steps: Iterator[Step], region: Region, state: dict[str, Any]) -> Iterator[Step]:
-        """The same steps; the region's mask and masked image are among what callbacks see, as in the UNet's batch."""
-        copies = 2 if self.do_classifier_free_guidance else 1
-        state |= {"mask": torch.cat([region.mask] * copies)}
-        state |= {"masked_image_latents": torch.cat([region.outside] * copies)}
-        for step in steps:
-            yield step
-            region.mask, region.outside = (state[name].chunk(copies)[0] for name in ("mask", "masked_image_latents"))
-
-    def _to_latents(self, pixels: Tensor, dtype: torch.dtype, generator: Generators) -> Tensor:
-        """Pictures -> scaled latents; what has four channels is that already."""
-        pixels = pixels.to(device=self.device, dtype=dtype)
-        return pixels if pixels.shape[1] == 4 else self._encode_images(pixels, generator)
+    kind = StableDiffusionPipeline
 
 
-# ---------------------------------------------------- small helpers
+class AutoPipelineForImage2Image(AutoPipeline):
+    """Image to image."""
+
+    kind = StableDiffusionImg2ImgPipeline
 
 
-def one_of(name: str, text: Any, embeds: Tensor | None, *, needed: bool) -> None:
-    if text is not None and embeds is not None:
-        raise ValueError(f"{name} and {name}_embeds: give one of the two")
-    if needed and text is None and embeds is None:
-        raise ValueError(f"{name} or {name}_embeds: one of the two is needed")
+class AutoPipelineForInpainting(AutoPipeline):
+    """Inpainting."""
 
-
-def listed(name: str, texts: Any) -> list[str]:
-    """One text or several -> a list. Raises ValueError for anything else."""
-    several = [texts] if isinstance(texts, str) else texts
-    if not isinstance(several, list) or not several or not all(isinstance(text, str) for text in several):
-        raise ValueError(f"{name}={shortened(texts)}: must be a text or a list of at least one text")
-    return several
-
-
-def matching(negative: str | list[str] | None, prompt: str | list[str] | None, count: int) -> list[str]:
-    """One negative prompt for each prompt: none is empty. One text beside several is an error, as in diffusers."""
-    if negative is None:
-        return [""] * count
-    several = listed("negative_prompt", negative)
-    if prompt is not None and isinstance(prompt, str) != isinstance(negative, str):
-        raise ValueError("negative_prompt: must be a text or a list, as prompt is")
-    if len(several) != count:
-        raise ValueError(f"negative_prompt: {len(several)} for {count} prompts")
-    return several
-
-
-def copies(name: str, tensor: Tensor, batch: int) -> int:
-    """How often `tensor` (n, C, H, W) must stand in a batch. Raises ValueError where that does not come out even."""
-    if len(tensor) > batch or batch % len(tensor):
-        raise ValueError(f"{name}: {len(tensor)} of them cannot be shared out to {batch} pictures")
-    return batch // len(tensor)
-
-
-# Two ways to repeat along the batch. Values are the same, but `cat` keeps the order in memory (channels last, if the
-# picture came so) and `repeat` does not, and kernels round by it: so each has the place that it has in diffusers.
-
-
-def stacked(name: str, tensor: Tensor, batch: int) -> Tensor:
-    return torch.cat([tensor] * copies(name, tensor, batch))
-
-
-def repeated(name: str, tensor: Tensor, batch: int) -> Tensor:
-    return tensor.repeat(copies(name, tensor, batch), 1, 1, 1)
-
-
-def enough(name: str, tensor: Tensor, batch: int) -> Tensor:
-    return tensor if len(tensor) == batch else repeated(name, tensor, batch)
+    kind = StableDiffusionInpaintPipeline

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from minisd import tokenizer
 from minisd.checkpoint.load import load_tokenizer
+from minisd.checkpoint.tokenizer_files import write_folder
 from minisd.diffusers.loading import NEUTRAL, Source, folder_of_texts
 from minisd.diffusers.outputs import Output
 from minisd.diffusers.refusing import NotCoveredError, accept, missing, parameters
@@ -32,6 +35,12 @@ class CLIPTokenizer:
     def __init__(self, core: tokenizer.CLIPTokenizer) -> None:
         if not isinstance(core, tokenizer.CLIPTokenizer):
             raise NotCoveredError("CLIPTokenizer(...) is not covered by minisd.diffusers: use from_pretrained")
+        self.hold(core)
+
+    def hold(self, core: tokenizer.CLIPTokenizer) -> None:
+        """Answer as this tokenizer of minisd from now on."""
+        for name in ("_endless", "_token_of"):  # what was worked out of another
+            self.__dict__.pop(name, None)
         self.core = core
         self.model_max_length = core.context_length
         self.bos_token, self.eos_token, self.unk_token = tokenizer.START, tokenizer.END, tokenizer.END
@@ -46,6 +55,10 @@ class CLIPTokenizer:
         """The tokenizer in a folder or hub repository, or in its `subfolder`. Raises CheckpointError."""
         accept("CLIPTokenizer.from_pretrained", others, NEUTRAL, parameters(cls.from_pretrained))
         return cls(load_tokenizer(folder_of_texts(pretrained_model_name_or_path, subfolder)))
+
+    def save_pretrained(self, save_directory: Source) -> None:
+        """Write the tokenizer's files into a folder."""
+        write_folder(self.core, Path(os.path.expanduser(save_directory)))
 
     def __call__(
         self,
@@ -87,7 +100,9 @@ class CLIPTokenizer:
     def _endless(self) -> tokenizer.CLIPTokenizer:
         """The same tokenizer for texts of any length, or almost: programs ask what a limit cuts off."""
         core = self.core
-        return tokenizer.CLIPTokenizer(core.vocabulary, core.merges, pad_token=core.pad_token, context_length=4096)
+        return tokenizer.CLIPTokenizer(
+            core.vocabulary, core.merges, pad_token=core.pad_token, context_length=4096, added=core.added
+        )
 
     def tokenize(self, text: str) -> list[str]:
         """The tokens of one text as they read, without start and end; "</w>" ends a word."""

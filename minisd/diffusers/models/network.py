@@ -117,7 +117,6 @@ class Network(nn.Module, SavesMemory):
         "fp16", "non_ema". Raises NotCoveredError for other arguments, CheckpointError for files that cannot be used.
         """
         call = f"{cls.__name__}.from_pretrained"
-        variant = variant or ("fp16" if others.get("revision") == "fp16" else None)
         accept(call, others, NEUTRAL, parameters(cls.from_pretrained))
         check_variant(call, variant)
         number = chosen_dtype(call, dtype, torch_dtype, cls.default_dtype)
@@ -146,6 +145,12 @@ class Network(nn.Module, SavesMemory):
     def saved_state(self) -> Mapping[str, Tensor]:
         """The weights under the names that files have."""
         return self.state_dict()
+
+    def scale_loras(self, scale: float) -> None:
+        """Give the LoRAs that a pipeline has put beside the layers this strength. Without any it means nothing."""
+        scaler = self.__dict__.get("lora_scaler")
+        if scaler is not None:
+            scaler(scale)
 
     @property
     def dtype(self) -> torch.dtype:

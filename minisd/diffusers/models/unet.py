@@ -97,9 +97,11 @@ class UNet2DConditionModel(Network, HasAttention):
         if not isinstance(return_dict, bool):  # in fourth place diffusers has class_labels
             raise NotCoveredError(f"UNet2DConditionModel: takes three arguments by position, not {return_dict!r} too")
         accept("UNet2DConditionModel", others, self.NEUTRAL, parameters(self.forward))
+        extra = dict(cross_attention_kwargs or {})
+        self.scale_loras(extra.pop("scale", 1.0))
         timesteps = torch.as_tensor(timestep, device=sample.device).expand(len(sample))  # (B,)
         temb = self.time_embedding(self.time_proj(timesteps).to(sample.dtype))  # (B, 4 * widths[0])
-        eps = self.walk(self.conv_in(sample), temb, encoder_hidden_states, cross_attention_kwargs)
+        eps = self.walk(self.conv_in(sample), temb, encoder_hidden_states, extra or None)
         return output(return_dict, sample=self.conv_out(self.conv_act(self.conv_norm_out(eps))))
 
     def walk(self, x: Tensor, temb: Tensor, context: Tensor, extra: dict[str, Any] | None) -> Tensor:
@@ -118,7 +120,8 @@ class UNet2DConditionModel(Network, HasAttention):
             skips += outputs
         x = self.mid_block(x, temb, **text)
         for block in self.up_blocks:
-            taken, skips = skips[-len(block.resnets) :], skips[: -len(block.resnets)]
+            count = len(cast(nn.ModuleList, block.resnets))
+            taken, skips = skips[-count:], skips[:-count]
             x = block(
                 hidden_states=x,
                 temb=temb,
