@@ -56,7 +56,7 @@ class StableDiffusionImg2ImgPipeline(StableDiffusionPipeline):
         noise = draw_noise(clean.shape, asked.generator, self.device, context.dtype)
         sampling = self._sampling(run, clean, asked, state)
         steps = denoise_from(self._core(), context[-batch:], clean, noise, sampling, run.start)
-        return self._finish(self._run(steps, run.start, state, asked), asked)
+        return self._finish(self._run(steps, run, state, asked), asked)
 
     def _clean_latents(self, pixels: Tensor, batch: int, generator: Generators) -> Tensor:
         """The pictures' latents (B, 4, H/8, W/8), repeated to the batch; what has four channels is that already."""

@@ -96,7 +96,7 @@ class StableDiffusionInpaintPipeline(StableDiffusionPipeline):
 
         region, sampling = Region(small, clean, noise, visible), self._sampling(run, noise, asked, state)
         steps = denoise_region(self._core(), context[-batch:], region, sampling, run.start, noised=noised)
-        return self._finish(self._run(self._shared(steps, region, state), run.start, state, asked), asked)
+        return self._finish(self._run(self._shared(steps, region, state), run, state, asked), asked)
 
     def _shared(self, steps: Iterator[Step], region: Region, state: dict[str, Any]) -> Iterator[Step]:
         """The same steps; the region's mask and masked image are among what callbacks see, as in the UNet's batch."""

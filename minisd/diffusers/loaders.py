@@ -7,6 +7,7 @@ fused (added to the weights) or unloaded.
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -30,13 +31,14 @@ EMBEDDING_NAME = "learned_embeds.safetensors"
 
 @dataclass
 class Adapter:
-    """A LoRA that a pipeline has. `scratch`: the folder of a file that was made for it."""
+    """A LoRA that a pipeline has. `scratch`: the folder of its file, read again when its weight changes."""
 
     lora: LoRA
+    scratch: tempfile.TemporaryDirectory[str]
     weight: float = 1.0
     active: bool = True
+    enabled: bool = True  # "disable_lora" leaves out all that are active
     fused: float | None = None  # the strength with which it is in the weights now
-    scratch: tempfile.TemporaryDirectory[str] | None = None
     beside: Loaded | None = None
 
 
@@ -60,8 +62,8 @@ class LoraLoader:
     ) -> None:
         """Add a LoRA from a file, a folder (or hub repository) with `weight_name` in it, or a state dict.
 
-        The first one is active at once, further ones too, with weight 1, until `set_adapters` says otherwise. Raises
-        CheckpointError for one that does not fit, ValueError for an `adapter_name` that is taken.
+        It is then the active one, alone, with weight 1, until `set_adapters` says otherwise. Raises CheckpointError for
+        one that does not fit, ValueError for an `adapter_name` that is taken.
         """
         call = f"{type(self).__name__}.load_lora_weights"
         neutral = {**NEUTRAL, "hotswap": (False,), "prefix": ("unet",)}
@@ -69,13 +71,17 @@ class LoraLoader:
         name = adapter_name or f"default_{len(self._adapters)}"
         if name in self._adapters:
             raise ValueError(f"adapter_name={name!r}: is in use; the adapters are {', '.join(self._adapters)}")
-        source, scratch = pretrained_model_name_or_path_or_dict, None
+        source, scratch = pretrained_model_name_or_path_or_dict, tempfile.TemporaryDirectory()
         if isinstance(source, Mapping):
-            path, scratch = written(source)
+            path = Path(scratch.name, "lora.safetensors")
+            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in source.items()}, path)
         else:
-            path = file_in(source, weight_name, subfolder, LORA_NAME)
-        adapter = Adapter(open_lora(path, self._core().config), scratch=scratch)  # type: ignore[attr-defined]
+            path = kept(file_in(source, weight_name, subfolder, LORA_NAME), Path(scratch.name))
+        adapter = Adapter(open_lora(path, self._core().config), scratch)  # type: ignore[attr-defined]
         self._stand_beside(adapter, 1.0)
+        for other in self._adapters.values():
+            other.active = False
+            self._stand_beside(other, 1.0)
         self._adapters[name] = adapter
         self.unet.__dict__["lora_scaler"] = self._scale_loras
 
@@ -84,7 +90,7 @@ class LoraLoader:
         if adapter.beside is not None:
             adapter.beside.remove()
             adapter.beside = None
-        if adapter.active and adapter.fused is None:
+        if adapter.active and adapter.enabled and adapter.fused is None:
             modules = {name: part.core for name, part in self._lora_parts().items()}
             adapter.beside = attach(adapter.lora, modules, adapter.weight * scale)
 
@@ -112,7 +118,7 @@ class LoraLoader:
         self._known(names)
         chosen = {name: 1.0 if weight is None else float(weight) for name, weight in zip(names, weights, strict=True)}
         for name, adapter in self._adapters.items():
-            adapter.active = name in chosen
+            adapter.active, adapter.enabled = name in chosen, True
             adapter.weight = chosen.get(name, 1.0)
             self._stand_beside(adapter, 1.0)
 
@@ -135,12 +141,12 @@ class LoraLoader:
     def disable_lora(self) -> None:
         """Leave out all LoRAs until `enable_lora`."""
         for adapter in self._adapters.values():
-            adapter.active = False
+            adapter.enabled = False
             self._stand_beside(adapter, 1.0)
 
     def enable_lora(self) -> None:
         for adapter in self._adapters.values():
-            adapter.active = True
+            adapter.enabled = True
             self._stand_beside(adapter, 1.0)
 
     def fuse_lora(
@@ -163,7 +169,10 @@ class LoraLoader:
                 self._add_to_weights(adapter.lora, adapter.fused, safe=safe_fusing)
 
     def unfuse_lora(self, components: list[str] | None = None, **others: Any) -> None:
-        """Subtract what `fuse_lora` added; the weights come back within rounding, as in diffusers."""
+        """Subtract what `fuse_lora` added; the weights come back within rounding.
+
+        The LoRA then stands beside its layers at the strength at which it was fused, as in diffusers.
+        """
         neutral = {
             "unfuse_unet": (True,),
             "unfuse_text_encoder": (True,),
@@ -173,7 +182,7 @@ class LoraLoader:
         for adapter in self._adapters.values():
             if adapter.fused is not None:
                 self._add_to_weights(adapter.lora, adapter.fused, sign=-1)
-                adapter.fused = None
+                adapter.weight, adapter.fused = adapter.fused, None
                 self._stand_beside(adapter, 1.0)
 
     @torch.no_grad()
@@ -306,9 +315,12 @@ def file_in(source: Source, weight_name: str | None, subfolder: str | None, usua
     return folder / chosen
 
 
-def written(state: Mapping[str, Tensor]) -> tuple[Path, tempfile.TemporaryDirectory[str]]:
-    """A state dict as a file, which `minisd.adapters` reads; the folder goes when nobody needs it any more."""
-    scratch = tempfile.TemporaryDirectory()
-    path = Path(scratch.name, "lora.safetensors")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path)
-    return path, scratch
+def kept(path: Path, folder: Path) -> Path:
+    """The same file in `folder`: a program may remove its own. PEFT's settings, if they stand beside it, come too."""
+    for one in (path, path.with_name("adapter_config.json")):
+        if one.is_file():
+            try:
+                os.link(one, folder / one.name)
+            except OSError:  # another disk, or a system without links
+                shutil.copyfile(one, folder / one.name)
+    return folder / path.name

@@ -252,7 +252,7 @@ class StableDiffusionPipeline(Assembly):
         x = self.prepare_latents(batch, channels, height, width, dtype, self.device, asked.generator, latents)
         sampling = self._sampling(run, x, asked, state)
         steps = self._core().denoise(state["prompt_embeds"][-batch:], sampling, latents=x, start=0)
-        return self._finish(self._run(steps, 0, state, asked), asked)
+        return self._finish(self._run(steps, run, state, asked), asked)
 
     def _own_size(self) -> tuple[int, int]:
         """Height and width in pixels that the UNet was trained at."""
@@ -333,10 +333,11 @@ class StableDiffusionPipeline(Assembly):
             predict_noise=predict_noise,
         )
 
-    def _run(self, steps: Iterator[Step], start: int, state: dict[str, Any], asked: Asked) -> Tensor:
-        """Run the loop from step `start` to its end, or until a callback interrupts: the latents."""
-        start = start * self.scheduler.order
+    def _run(self, steps: Iterator[Step], run: Run, state: dict[str, Any], asked: Asked) -> Tensor:
+        """Run the loop to its end, or until a callback interrupts: the latents."""
+        start = run.start * self.scheduler.order
         timesteps = self.scheduler.timesteps[start:]
+        extra_calls = len(timesteps) - (run.steps - run.start) * self.scheduler.order
         self._num_timesteps = len(timesteps)
         with self.progress_bar(total=len(timesteps)) as bar:
             for step in steps:
@@ -345,7 +346,8 @@ class StableDiffusionPipeline(Assembly):
                     index = step.index - start
                     self._call_back(asked, index, timesteps[index], state)
                     step.latents = state["latents"]
-                self._call_back_plainly(asked, step.index - start, timesteps, state["latents"])
+                if step.index - start >= extra_calls or step.index - start == len(timesteps) - 1:
+                    self._call_back_plainly(asked, step.index - start, timesteps, state["latents"])
                 bar.update()
                 if self._interrupt:
                     break
