@@ -20,7 +20,9 @@ which diffusers' calls ignore, are errors too, and so is running a pipeline with
 folder of SD 1.5 names PNDM, and a program must assign `pipe.scheduler` first.
 """
 
-from minisd.diffusers.images import VaeImageProcessor
+from importlib import import_module
+
+from minisd.diffusers.image_processor import VaeImageProcessor
 from minisd.diffusers.models import AutoencoderKL, UNet2DConditionModel
 from minisd.diffusers.pipelines import (
     AutoPipelineForImage2Image,
@@ -76,7 +78,21 @@ __all__ = [
 ]
 
 
+SUBMODULES = (
+    "image_processor",
+    "loaders",
+    "models",
+    "optimization",
+    "pipelines",
+    "schedulers",
+    "training_utils",
+    "utils",
+)
+
+
 def __getattr__(name: str) -> object:
+    if name in SUBMODULES:
+        return import_module(f"minisd.diffusers.{name}")
     if name.startswith("_"):
         raise AttributeError(f"module 'minisd.diffusers' has no attribute {name!r}")
     raise ImportError(f"{name} is not covered by minisd.diffusers, which has {', '.join(__all__)}")

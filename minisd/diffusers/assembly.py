@@ -16,8 +16,8 @@ import torch
 from tqdm import tqdm
 
 from minisd.checkpoint.load import Checkpoint, build, open_checkpoint, read_tokenizer, usable_device
-from minisd.diffusers.images import VaeImageProcessor
-from minisd.diffusers.loaders import LoraLoader, TextualInversionLoader
+from minisd.diffusers.image_processor import VaeImageProcessor
+from minisd.diffusers.loaders import StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
 from minisd.diffusers.loading import NEUTRAL, Source, check_is_variant, check_variant, chosen_dtypes
 from minisd.diffusers.models import AutoencoderKL, UNet2DConditionModel
 from minisd.diffusers.models.network import SavesMemory
@@ -43,7 +43,7 @@ NETWORKS: dict[str, type[UNet2DConditionModel | AutoencoderKL | CLIPTextModel]] 
 NO_EXTRAS: dict[str, tuple[Any, ...]] = {**dict.fromkeys(ABSENT, (None,)), "requires_safety_checker": (True, False)}
 
 
-class Assembly(SavesMemory, LoraLoader, TextualInversionLoader):
+class Assembly(SavesMemory, StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin):
     """The parts of Stable Diffusion, together. Base of the three pipelines."""
 
     # diffusers corrects these settings of any scheduler that a pipeline is made with (not of one assigned later).

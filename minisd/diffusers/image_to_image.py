@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minisd.diffusers.text_to_image import StableDiffusionPipeline, stacked
+from minisd.diffusers.text_to_image import StableDiffusionPipeline, check_strength, stacked
 from minisd.noise import Generators, draw_noise
 from minisd.tasks.image_to_image import denoise_from
 
@@ -57,6 +57,13 @@ class StableDiffusionImg2ImgPipeline(StableDiffusionPipeline):
         sampling = self._sampling(run, clean, asked, state)
         steps = denoise_from(self._core(), context[-batch:], clean, noise, sampling, run.start)
         return self._finish(self._run(steps, run, state, asked), asked)
+
+    def check_inputs(  # type: ignore[override]
+        self, prompt: Any, strength: float, callback_steps: int | None = None, *texts: Any, **others: Any
+    ) -> None:
+        """Raise ValueError for arguments of a call that are impossible; a call does so itself."""
+        check_strength(strength)
+        super().check_inputs(prompt, *self._own_size(), callback_steps, *texts, **others)
 
     def _clean_latents(self, pixels: Tensor, batch: int, generator: Generators) -> Tensor:
         """The pictures' latents (B, 4, H/8, W/8), repeated to the batch; what has four channels is that already."""

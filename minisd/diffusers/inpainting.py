@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minisd.diffusers.images import VaeImageProcessor
+from minisd.diffusers.image_processor import VaeImageProcessor, check_output_type
 from minisd.diffusers.refusing import accept
-from minisd.diffusers.text_to_image import StableDiffusionPipeline, enough, repeated
+from minisd.diffusers.text_to_image import StableDiffusionPipeline, check_strength, enough, repeated
 from minisd.noise import Generators, draw_noise
 from minisd.sampling import Step
 from minisd.tasks.inpainting import Region, denoise_region
@@ -97,6 +97,24 @@ class StableDiffusionInpaintPipeline(StableDiffusionPipeline):
         region, sampling = Region(small, clean, noise, visible), self._sampling(run, noise, asked, state)
         steps = denoise_region(self._core(), context[-batch:], region, sampling, run.start, noised=noised)
         return self._finish(self._run(self._shared(steps, region, state), run, state, asked), asked)
+
+    def check_inputs(  # type: ignore[override]
+        self,
+        prompt: Any,
+        image: Any,
+        mask_image: Any,
+        height: int,
+        width: int,
+        strength: float,
+        callback_steps: int | None = None,
+        output_type: str = "pil",
+        *texts: Any,
+        **others: Any,
+    ) -> None:
+        """Raise ValueError for arguments of a call that are impossible; a call does so itself."""
+        check_strength(strength)
+        check_output_type(output_type)
+        super().check_inputs(prompt, height, width, callback_steps, *texts, **others)
 
     def _shared(self, steps: Iterator[Step], region: Region, state: dict[str, Any]) -> Iterator[Step]:
         """The same steps; the region's mask and masked image are among what callbacks see, as in the UNet's batch."""

@@ -42,7 +42,7 @@ class Adapter:
     beside: Loaded | None = None
 
 
-class LoraLoader:
+class StableDiffusionLoraLoaderMixin:
     """LoRA calls of a pipeline."""
 
     unet: Any
@@ -67,7 +67,7 @@ class LoraLoader:
         """
         call = f"{type(self).__name__}.load_lora_weights"
         neutral = {**NEUTRAL, "hotswap": (False,), "prefix": ("unet",)}
-        accept(call, others, neutral, parameters(LoraLoader.load_lora_weights))
+        accept(call, others, neutral, parameters(StableDiffusionLoraLoaderMixin.load_lora_weights))
         name = adapter_name or f"default_{len(self._adapters)}"
         if name in self._adapters:
             raise ValueError(f"adapter_name={name!r}: is in use; the adapters are {', '.join(self._adapters)}")
@@ -159,7 +159,12 @@ class LoraLoader:
     ) -> None:
         """Add the active LoRAs (or those named), `lora_scale` times, to the weights of both networks."""
         neutral = {"fuse_unet": (True,), "fuse_text_encoder": (True,), "components": (None, ["unet", "text_encoder"])}
-        accept("fuse_lora", {"components": components, **others}, neutral, parameters(LoraLoader.fuse_lora))
+        accept(
+            "fuse_lora",
+            {"components": components, **others},
+            neutral,
+            parameters(StableDiffusionLoraLoaderMixin.fuse_lora),
+        )
         self._known(adapter_names or ())
         for name, adapter in self._adapters.items():
             chosen = adapter.active if adapter_names is None else name in adapter_names
@@ -178,7 +183,12 @@ class LoraLoader:
             "unfuse_text_encoder": (True,),
             "components": (None, ["unet", "text_encoder"]),
         }
-        accept("unfuse_lora", {"components": components, **others}, neutral, parameters(LoraLoader.unfuse_lora))
+        accept(
+            "unfuse_lora",
+            {"components": components, **others},
+            neutral,
+            parameters(StableDiffusionLoraLoaderMixin.unfuse_lora),
+        )
         for adapter in self._adapters.values():
             if adapter.fused is not None:
                 self._add_to_weights(adapter.lora, adapter.fused, sign=-1)
@@ -217,7 +227,7 @@ class LoraLoader:
         self.delete_adapters(list(self._adapters))
 
 
-class TextualInversionLoader:
+class TextualInversionLoaderMixin:
     """Textual inversion calls of a pipeline."""
 
     tokenizer: Any
@@ -248,7 +258,7 @@ class TextualInversionLoader:
         call = f"{type(self).__name__}.load_textual_inversion"
         given = {"tokenizer": tokenizer, "text_encoder": text_encoder, **others}
         neutral = {"tokenizer": (None, self.tokenizer), "text_encoder": (None, self.text_encoder), **NEUTRAL}
-        accept(call, given, neutral, parameters(TextualInversionLoader.load_textual_inversion))
+        accept(call, given, neutral, parameters(TextualInversionLoaderMixin.load_textual_inversion))
         sources = pretrained_model_name_or_path
         several = sources if isinstance(sources, list) else [sources]
         tokens = token if isinstance(token, list) else [token] * len(several)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from minisd.diffusers.assembly import Assembly
-from minisd.diffusers.images import VaeImageProcessor, check_output_type
+from minisd.diffusers.image_processor import VaeImageProcessor, check_output_type
+from minisd.diffusers.models import AutoencoderKL
 from minisd.diffusers.outputs import Output
 from minisd.diffusers.refusing import NotCoveredError, accept, shortened
 from minisd.diffusers.scheduling import LoopScheduler, own_schedule, step_arguments
@@ -121,8 +122,7 @@ class StableDiffusionPipeline(Assembly):
         asked = Asked.of(given, type(self).__name__)
         prompt = given["prompt"]
         check_output_type(asked.output_type)
-        one_of("prompt", prompt, asked.prompt_embeds, needed=True)
-        one_of("negative_prompt", asked.negative_prompt, asked.negative_prompt_embeds, needed=False)
+        check_texts(prompt, asked.negative_prompt, asked.prompt_embeds, asked.negative_prompt_embeds)
         for name in asked.callback_on_step_end_tensor_inputs:
             if name not in self._callback_tensor_inputs:
                 known = ", ".join(self._callback_tensor_inputs)
@@ -140,6 +140,23 @@ class StableDiffusionPipeline(Assembly):
         self._guidance_scale, self._guidance_rescale, self._interrupt = asked.guidance_scale, 0.0, False
         self._clip_skip, self._cross_attention_kwargs = asked.clip_skip, asked.cross_attention_kwargs
         return asked, batch
+
+    def check_inputs(
+        self,
+        prompt: Any,
+        height: int,
+        width: int,
+        callback_steps: int | None = None,
+        negative_prompt: Any = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        **others: Any,
+    ) -> None:
+        """Raise ValueError for arguments of a call that are impossible; a call does so itself."""
+        self._latent_shape(1, 1, height, width)
+        check_texts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        if callback_steps is not None and (not isinstance(callback_steps, int) or callback_steps < 1):
+            raise ValueError(f"callback_steps={callback_steps!r}: must be a whole number, at least 1")
 
     # ------------------------------------------------ text
 
@@ -174,8 +191,10 @@ class StableDiffusionPipeline(Assembly):
     def _embed(self, prompts: list[str], clip_skip: int | None) -> Tensor:
         """(B, 77, D), the last layer's output or, `clip_skip` layers earlier, another's; the final norm applied."""
         tokenizer, encoder = self.tokenizer, self.text_encoder
+        # In the program's prompt a token that was learnt as several vectors is one word.
+        spelt = [tokenizer.core.spelt_out(prompt) for prompt in prompts]
         ids = tokenizer(
-            prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+            spelt, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
         ).input_ids.to(encoder.device)
         if clip_skip is None:
             return encoder(ids)[0]
@@ -262,13 +281,12 @@ class StableDiffusionPipeline(Assembly):
 
     def _check_tiles(self, height: int, width: int, asked: Asked) -> None:
         """Refuse tiling before the first step, not after the last."""
-        if asked.output_type != "latent":
+        if asked.output_type != "latent" and isinstance(self.vae, AutoencoderKL):
             self.vae.check_tiles((height, width), self.vae.config.sample_size)
 
     def _first_step(self, steps: int, asked: Asked, strength: float = 1.0) -> Run:
         """Set the scheduler's timesteps, of which the last `strength` are taken. Raises ValueError for none."""
-        if not 0 <= strength <= 1:
-            raise ValueError(f"strength={strength}: must be from 0 to 1")
+        check_strength(strength)
         custom = own_schedule(self.scheduler, asked.timesteps, asked.sigmas)
         if custom:
             self.scheduler.set_timesteps(device=self.device, **custom)
@@ -409,6 +427,20 @@ def one_of(name: str, text: Any, embeds: Tensor | None, *, needed: bool) -> None
         raise ValueError(f"{name} and {name}_embeds: give one of the two")
     if needed and text is None and embeds is None:
         raise ValueError(f"{name} or {name}_embeds: one of the two is needed")
+
+
+def check_strength(strength: float) -> None:
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength={strength}: must be from 0 to 1")
+
+
+def check_texts(prompt: Any, negative: Any, embeds: Tensor | None, negative_embeds: Tensor | None) -> None:
+    """Raise ValueError unless there is one prompt, as text or as embeddings, and embeddings have equal shapes."""
+    one_of("prompt", prompt, embeds, needed=True)
+    one_of("negative_prompt", negative, negative_embeds, needed=False)
+    if embeds is not None and negative_embeds is not None and embeds.shape != negative_embeds.shape:
+        shapes = f"{tuple(embeds.shape)} and {tuple(negative_embeds.shape)}"
+        raise ValueError(f"prompt_embeds and negative_prompt_embeds: have the shapes {shapes}; must have the same")
 
 
 def listed(name: str, texts: Any) -> list[str]:

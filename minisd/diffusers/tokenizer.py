@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,11 +26,11 @@ if TYPE_CHECKING:
 class CLIPTokenizer:
     """`minisd.tokenizer.CLIPTokenizer`, and the answers that transformers' gives."""
 
-    IDLE: ClassVar[dict[str, tuple[Any, ...]]] = {"add_special_tokens": (True,), "return_attention_mask": (None, True)}
+    IDLE: ClassVar[dict[str, tuple[Any, ...]]] = {"return_attention_mask": (None, True), "verbose": (True, False)}
     CHOICES: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "padding": (True, False, "longest", "max_length"),
-        "truncation": (True, False, None),
-        "return_tensors": (None, "pt"),
+        "padding": (True, False, "longest", "max_length", "do_not_pad"),
+        "truncation": (True, False, None, "longest_first"),
+        "return_tensors": (None, "pt", "np"),
     }
 
     def __init__(self, core: tokenizer.CLIPTokenizer) -> None:
@@ -39,8 +40,7 @@ class CLIPTokenizer:
 
     def hold(self, core: tokenizer.CLIPTokenizer) -> None:
         """Answer as this tokenizer of minisd from now on."""
-        for name in ("_endless", "_token_of"):  # what was worked out of another
-            self.__dict__.pop(name, None)
+        self.__dict__.pop("_token_of", None)  # worked out of another
         self.core = core
         self.model_max_length = core.context_length
         self.bos_token, self.eos_token, self.unk_token = tokenizer.START, tokenizer.END, tokenizer.END
@@ -65,57 +65,108 @@ class CLIPTokenizer:
         text: str | list[str],
         padding: bool | str = False,
         max_length: int | None = None,
-        truncation: bool | None = False,
+        truncation: bool | str | None = False,
         return_tensors: str | None = None,
+        add_special_tokens: bool = True,
+        return_overflowing_tokens: bool = False,
+        return_length: bool = False,
         **others: Any,
     ) -> Output:
         """One text or a list -> `.input_ids` and `.attention_mask`: lists, or (B, T) int64 for `return_tensors="pt"`.
 
-        `padding`: "max_length", "longest" or True, False. `max_length`: default the model's 77. Raises
-        NotCoveredError for other values.
+        `padding`: "max_length", "longest" or True, "do_not_pad" or False. `max_length`: default the model's 77.
+        `return_overflowing_tokens`: what truncation cuts off becomes rows of its own, `.overflow_to_sample_mapping`
+        says of which text. `return_length`: `.length` of each row. Raises NotCoveredError for other values.
         """
         accept("tokenizer", others, self.IDLE, parameters(self.__call__))
         choices = {"padding": padding, "truncation": truncation, "return_tensors": return_tensors}
         accept("tokenizer", choices, self.CHOICES, [])
         length = self.model_max_length if max_length is None else max_length
-        rows = [self.encode(one, length if truncation else None) for one in ([text] if isinstance(text, str) else text)]
-        width = {"max_length": length, False: 0}.get(padding, max(map(len, rows), default=0))
+        rows, sources = [], []
+        for index, one in enumerate([text] if isinstance(text, str) else text):
+            windows = self._windows(one, length if truncation else None, add_special_tokens)
+            windows = windows if return_overflowing_tokens else windows[:1]
+            rows += windows
+            sources += [index] * len(windows)
+        found = self._padded(rows, padding, length)
+        if return_length:
+            found["length"] = [len(row) for row in found["input_ids"]]
+        if return_overflowing_tokens:
+            found["overflow_to_sample_mapping"] = sources
+        alone = isinstance(text, str) and not return_overflowing_tokens
+        return as_asked(found, return_tensors, alone=alone)
+
+    def _windows(self, text: str, length: int | None, special: bool) -> list[list[int]]:
+        """The ids of one text, cut into runs of at most `length`, start and end of each included if `special`."""
+        plain = not text.isascii() or len(text) > 1000
+        ids = self.core.encode_fast(text) if plain else self.core.encode(text)
+        ends = ([self.bos_token_id], [self.eos_token_id]) if special else ([], [])
+        room = len(ids) or 1 if length is None else max(length - len(ends[0]) - len(ends[1]), 1)
+        return [ends[0] + ids[at : at + room] + ends[1] for at in range(0, len(ids) or 1, room)]
+
+    def _padded(self, rows: list[list[int]], padding: bool | str, length: int) -> dict[str, Any]:
+        """Rows of one length, if asked for, and which of their tokens are not padding."""
+        longest = max(map(len, rows), default=0)
+        width = {"max_length": length, False: 0, "do_not_pad": 0}.get(padding, longest)
         ids = [row + [self.pad_token_id] * (width - len(row)) for row in rows]
-        mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
-        if return_tensors == "pt":
-            return Output(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask))
-        alone = isinstance(text, str)
-        return Output(input_ids=ids[0] if alone else ids, attention_mask=mask[0] if alone else mask)
+        return {"input_ids": ids, "attention_mask": [[1] * len(row) + [0] * (width - len(row)) for row in rows]}
 
-    def encode(self, text: str, max_length: int | None = None) -> list[int]:
+    def pad(
+        self,
+        encoded_inputs: Any,
+        padding: bool | str = True,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        **others: Any,
+    ) -> Output:
+        """Pad what the tokenizer returned, one, a list of them, or a batch: the same answers as a call."""
+        accept("tokenizer.pad", others, self.IDLE, parameters(self.pad))
+        choices = {"padding": padding, "return_tensors": return_tensors}
+        accept("tokenizer.pad", choices, self.CHOICES, [])
+        several = isinstance(encoded_inputs, list | tuple)
+        given = [one["input_ids"] for one in encoded_inputs] if several else encoded_inputs["input_ids"]
+        rows: list[Any] = given.tolist() if isinstance(given, Tensor) else list(given)
+        alone = bool(rows) and isinstance(rows[0], int)
+        length = self.model_max_length if max_length is None else max_length
+        return as_asked(self._padded([rows] if alone else rows, padding, length), return_tensors, alone=alone)
+
+    def encode(self, text: str, max_length: int | None = None, add_special_tokens: bool = True) -> list[int]:
         """The ids of one text, start and end included; cut to `max_length`, the end kept."""
-        ids = [self.core.vocabulary[token] for token in self._endless.tokens(text)]
-        if len(ids) == self._endless.context_length:
-            raise NotCoveredError(
-                f"tokenizer: texts of {len(ids):,} tokens and more are not covered by minisd.diffusers"
-            )
-        return ids if max_length is None or len(ids) <= max_length else [*ids[: max_length - 1], self.eos_token_id]
+        return self._windows(text, max_length, add_special_tokens)[0]
 
-    @cached_property
-    def _endless(self) -> tokenizer.CLIPTokenizer:
-        """The same tokenizer for texts of any length, or almost: programs ask what a limit cuts off."""
-        core = self.core
-        return tokenizer.CLIPTokenizer(
-            core.vocabulary, core.merges, pad_token=core.pad_token, context_length=4096, added=core.added
+    def add_tokens(self, new_tokens: str | list[str], special_tokens: bool = False) -> int:
+        """Add tokens to the vocabulary, found in texts as they stand; returns how many were new.
+
+        `text_encoder.resize_token_embeddings(len(tokenizer))` gives them rows.
+        """
+        old = self.core
+        several = [new_tokens] if isinstance(new_tokens, str) else [str(token) for token in new_tokens]
+        fresh = [token for token in dict.fromkeys(several) if token not in old.vocabulary]
+        first = 1 + max(old.vocabulary.values())
+        self.hold(
+            tokenizer.CLIPTokenizer(
+                {**old.vocabulary, **{token: first + index for index, token in enumerate(fresh)}},
+                old.merges,
+                pad_token=old.pad_token,
+                context_length=old.context_length,
+                added=(*old.added, *fresh),
+            )
         )
+        return len(fresh)
 
     def tokenize(self, text: str) -> list[str]:
         """The tokens of one text as they read, without start and end; "</w>" ends a word."""
         return self.convert_ids_to_tokens(self.encode(text)[1:-1])
 
-    def decode(self, token_ids: Any, skip_special_tokens: bool = False) -> str:
+    def decode(self, token_ids: Any, skip_special_tokens: bool = False, **others: Any) -> str:
         """Ids, or one id -> text: bytes joined again, a space after each word."""
+        accept("tokenizer.decode", others, {"clean_up_tokenization_spaces": (None, False)}, parameters(self.decode))
         ids = token_ids.tolist() if isinstance(token_ids, Tensor) else token_ids
         tokens = self.convert_ids_to_tokens([ids] if isinstance(ids, int) else ids)
         return joined([token for token in tokens if not (skip_special_tokens and token in self._special)])
 
-    def batch_decode(self, sequences: Iterable[Any], skip_special_tokens: bool = False) -> list[str]:
-        return [self.decode(ids, skip_special_tokens) for ids in sequences]
+    def batch_decode(self, sequences: Iterable[Any], skip_special_tokens: bool = False, **others: Any) -> list[str]:
+        return [self.decode(ids, skip_special_tokens, **others) for ids in sequences]
 
     @property
     def _special(self) -> set[str]:
@@ -140,13 +191,28 @@ class CLIPTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        return len(self.core.vocabulary)
+        """How many tokens there are without added ones; `len(tokenizer)` counts those too."""
+        return len(self.core.vocabulary) - len(self.core.added)
 
     def __len__(self) -> int:
-        return self.vocab_size
+        return len(self.core.vocabulary)
+
+    def get_added_vocab(self) -> dict[str, int]:
+        """The special tokens and the added ones, with their ids."""
+        names = dict.fromkeys((self.bos_token, self.eos_token, self.pad_token, *self.core.added))
+        return {name: self.core.vocabulary[name] for name in names}
 
     def __getattr__(self, name: str) -> NoReturn:
         raise missing(self, name)
+
+
+def as_asked(found: dict[str, Any], return_tensors: str | None, *, alone: bool) -> Output:
+    """Lists of rows as tensors or arrays, or as they are; of one text the row itself."""
+    if return_tensors is None:
+        single = {name: rows[0] if name in ("input_ids", "attention_mask") else rows for name, rows in found.items()}
+        return Output(single if alone else found)
+    make = torch.tensor if return_tensors == "pt" else np.array
+    return Output({name: make(rows) for name, rows in found.items()})
 
 
 def joined(tokens: list[str]) -> str:

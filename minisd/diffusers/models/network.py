@@ -50,6 +50,8 @@ class Network(nn.Module, SavesMemory):
             raise NotCoveredError(f"{type(self).__name__}: takes settings by name only, not {shortened(others[0])}")
         notes: list[str] = []
         stated = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+        if isinstance(stated.get("sample_size"), list):  # height and width: no layer depends on them
+            stated["sample_size"] = stated["sample_size"][0]
         try:
             config = configs.READERS[self.component](stated, type(self).__name__, notes)
         except ValueError as error:
