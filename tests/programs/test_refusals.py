@@ -91,7 +91,7 @@ def test_networks_without_weights():
     for settings, words in (
         ({"class_embed_type": "timestep"}, "class_embed_type='timestep' is not supported"),
         ({"layers": 3}, "UNet2DConditionModel: has no fields that nobody knows: layers"),
-        ({"block_out_channels": (30, 64, 64, 64)}, "heads=8 does not divide the width 30"),
+        ({"block_out_channels": (30, 64, 64, 64)}, "does not divide the width 30"),
     ):
         with pytest.raises(NOT_COVERED, match=words):
             dialect.UNet2DConditionModel(**settings)
