@@ -127,8 +127,8 @@ def test_what_comes_after_the_dot_of_a_part(pipe):
         pipe.unet.fuse_qkv_projections()
     with pytest.raises(AttributeError, match=r"AutoencoderKL.tiled_decode is not covered .*decode"):
         pipe.vae.tiled_decode(None)
-    with pytest.raises(AttributeError, match=r"CLIPTextModel.add_adapter is not covered"):
-        pipe.text_encoder.add_adapter(3)
+    with pytest.raises(AttributeError, match=r"CLIPTextModel.resize_positions is not covered"):
+        pipe.text_encoder.resize_positions(3)
     with pytest.raises(AttributeError, match=r"CLIPTokenizer.apply_chat_template is not covered .*decode"):
         pipe.tokenizer.apply_chat_template("x")
     with pytest.raises(AttributeError, match=r"config.nothing is not covered .*in_channels"):

@@ -162,6 +162,12 @@ class Network(nn.Module, SavesMemory):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    def add_adapter(self, adapter_config: Any, adapter_name: str = "default") -> None:
+        """Put trainable low-rank layers of the peft library into the tree, as its `LoraConfig` says. Needs peft."""
+        from peft import inject_adapter_in_model
+
+        inject_adapter_in_model(adapter_config, self, adapter_name)
+
     def num_parameters(self, only_trainable: bool = False) -> int:
         return sum(one.numel() for one in self.parameters() if one.requires_grad or not only_trainable)
 
