@@ -49,6 +49,8 @@ class Assembly(SavesMemory, StableDiffusionLoraLoaderMixin, TextualInversionLoad
     # diffusers corrects these settings of any scheduler that a pipeline is made with (not of one assigned later).
     _corrections: ClassVar[dict[str, Any]] = {"steps_offset": 1, "clip_sample": False}
 
+    _optional_components: ClassVar[tuple[str, ...]] = ABSENT
+
     def __init__(
         self,
         vae: Any,
@@ -68,6 +70,13 @@ class Assembly(SavesMemory, StableDiffusionLoraLoaderMixin, TextualInversionLoad
         self.vae_scale_factor = 8 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._progress_bar_config: dict[str, Any] = {}
+
+    def register_modules(self, **parts: Any) -> None:
+        """Replace parts by name."""
+        for name, part in parts.items():
+            if name not in (*PARTS, *ABSENT):
+                raise NotCoveredError(f"register_modules: {name} is not covered, which takes {', '.join(PARTS)}")
+            setattr(self, name, part)
 
     # ------------------------------------------------ files
 
@@ -217,6 +226,9 @@ class Assembly(SavesMemory, StableDiffusionLoraLoaderMixin, TextualInversionLoad
         self.to(usable_device(device if gpu_id is None else f"{torch.device(device).type}:{gpu_id}"))
 
     enable_sequential_cpu_offload = enable_model_cpu_offload
+
+    def maybe_free_model_hooks(self) -> None:
+        """No effect: offloading is moving here."""
 
     def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> Any:
         """A tqdm bar, with what `set_progress_bar_config` said."""

@@ -21,6 +21,12 @@ class FromDiffusers(schedulers.Scheduler):
     """What a scheduler of diffusers can do besides stepping: minisd's own know folders only."""
 
     config_name = CONFIG_FILE
+    has_compatibles, _deprecated_kwargs = True, ()
+
+    @property
+    def compatibles(self) -> list[type[FromDiffusers]]:
+        """The schedulers that can be made from this one's `config`: all of them."""
+        return list(KINDS)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

@@ -1,6 +1,9 @@
 """Calls that programs make around a generation: signatures, parts, dtypes, checks, helpers of diffusers' submodules."""
 
 import inspect
+import subprocess
+import sys
+from pathlib import Path
 
 import diffusers
 import diffusers.optimization
@@ -254,3 +257,20 @@ def test_submodules_as_programs_import_them():
         from minisd.diffusers.training_utils import freeze_modules  # noqa: F401
     with pytest.raises(ImportError, match=r"minisd\.diffusers\.video_processor"):
         import minisd.diffusers.video_processor  # noqa: F401
+
+
+def test_the_published_tests_are_counted(tmp_path):
+    """`scripts/diffusers_tests.py` on a folder of three tests: one that fails everywhere does not count."""
+    folder = tmp_path / "tests" / "schedulers"
+    folder.mkdir(parents=True)
+    for package in (folder.parent, folder):
+        (package / "__init__.py").touch()
+    (folder / "test_scheduler_ddim.py").write_text(
+        "from diffusers import DDIMScheduler\n\n"
+        "def test_equal():\n    assert len(DDIMScheduler().timesteps) == 1000\n\n"
+        "def test_other():\n    assert DDIMScheduler.__module__.startswith('diffusers')\n\n"
+        "def test_broken():\n    raise RuntimeError\n"
+    )
+    script = Path(__file__).parents[2] / "scripts" / "diffusers_tests.py"
+    done = subprocess.run([sys.executable, script, folder.parent], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "1 of 2" and "test_other: " in done.stdout
