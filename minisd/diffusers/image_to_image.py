@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minisd.diffusers.text_to_image import StableDiffusionPipeline, check_strength, stacked
+from minisd.diffusers.arguments import check_strength, stacked
+from minisd.diffusers.text_to_image import StableDiffusionPipeline
 from minisd.noise import Generators, draw_noise
 from minisd.tasks.image_to_image import denoise_from
 

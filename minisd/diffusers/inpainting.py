@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minisd.diffusers.arguments import check_strength, enough, repeated
 from minisd.diffusers.image_processor import VaeImageProcessor, check_output_type
 from minisd.diffusers.refusing import accept
-from minisd.diffusers.text_to_image import StableDiffusionPipeline, check_strength, enough, repeated
+from minisd.diffusers.text_to_image import StableDiffusionPipeline
 from minisd.noise import Generators, draw_noise
 from minisd.sampling import Step
 from minisd.tasks.inpainting import Region, denoise_region

@@ -126,8 +126,9 @@ class BasicTransformerBlock(nn.Module):
         """(B, N, C), context (B, T, D) -> (B, N, C). `timestep` and what comes after the kwargs have no effect."""
         extra = cross_attention_kwargs or {}
         x = hidden_states
-        x = self.attn1(self.norm1(x), encoder_hidden_states=None, attention_mask=attention_mask, **extra) + x
         context, mask = encoder_hidden_states, encoder_attention_mask
+        own = context if self.only_cross_attention else None
+        x = self.attn1(self.norm1(x), encoder_hidden_states=own, attention_mask=attention_mask, **extra) + x
         x = self.attn2(self.norm2(x), encoder_hidden_states=context, attention_mask=mask, **extra) + x
         return self.ff(self.norm3(x)) + x
 
