@@ -21,6 +21,7 @@ from torch import Tensor
 
 from minisd.adapters.loading import Adapters
 from minisd.adapters.lora import Loaded, LoRA, attach, open_lora
+from minisd.checkpoint.save import into_place, write_tensors
 from minisd.diffusers.loading import NEUTRAL, Source, folder_of_texts
 from minisd.diffusers.refusing import NotCoveredError, accept, parameters, shortened
 from minisd.files import CheckpointError
@@ -50,7 +51,9 @@ class StableDiffusionLoraLoaderMixin:
 
     @property
     def _adapters(self) -> dict[str, Adapter]:
-        return self.__dict__.setdefault("_adapters_by_name", {})
+        """They belong to the UNet, as in diffusers: pipelines that share it share them."""
+        adapters: dict[str, Adapter] = self.unet.__dict__.setdefault("adapters_by_name", {})
+        return adapters
 
     def load_lora_weights(
         self,
@@ -74,7 +77,7 @@ class StableDiffusionLoraLoaderMixin:
         source, scratch = pretrained_model_name_or_path_or_dict, tempfile.TemporaryDirectory()
         if isinstance(source, Mapping):
             path = Path(scratch.name, "lora.safetensors")
-            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in source.items()}, path)
+            save_file(packed(source), path)
         else:
             path = kept(file_in(source, weight_name, subfolder, LORA_NAME), Path(scratch.name))
         adapter = Adapter(open_lora(path, self._core().config), scratch)  # type: ignore[attr-defined]
@@ -84,6 +87,26 @@ class StableDiffusionLoraLoaderMixin:
             self._stand_beside(other, 1.0)
         self._adapters[name] = adapter
         self.unet.__dict__["lora_scaler"] = self._scale_loras
+
+    @classmethod
+    def save_lora_weights(
+        cls,
+        save_directory: Source,
+        unet_lora_layers: Mapping[str, Tensor] | None = None,
+        text_encoder_lora_layers: Mapping[str, Tensor] | None = None,
+        weight_name: str | None = None,
+        **others: Any,
+    ) -> None:
+        """Write state dicts of trained LoRA layers (peft's `get_peft_model_state_dict`) into one file of a folder."""
+        neutral = {"safe_serialization": (True,), "is_main_process": (True,)}
+        accept(f"{cls.__name__}.save_lora_weights", others, neutral, parameters(cls.save_lora_weights))
+        parts = {"unet": unet_lora_layers or {}, "text_encoder": text_encoder_lora_layers or {}}
+        state = {f"{part}.{name}": one for part, layers in parts.items() for name, one in layers.items()}
+        if not state:
+            raise ValueError("save_lora_weights: needs unet_lora_layers or text_encoder_lora_layers")
+        folder = Path(os.path.expanduser(save_directory))
+        folder.mkdir(parents=True, exist_ok=True)
+        into_place(folder / (weight_name or LORA_NAME), lambda path: write_tensors(path, packed(state), {}))
 
     def _stand_beside(self, adapter: Adapter, scale: float) -> None:
         """Put an adapter beside its layers at `scale` times its weight, where it was before or not."""
@@ -235,9 +258,8 @@ class TextualInversionLoaderMixin:
 
     @property
     def _inversions(self) -> Adapters:
-        if "_inversions_loaded" not in self.__dict__:
-            self.__dict__["_inversions_loaded"] = Adapters(Parts(self))
-        loaded: Adapters = self.__dict__["_inversions_loaded"]
+        """They belong to the tokenizer: pipelines that share it share them."""
+        loaded: Adapters = self.tokenizer.__dict__.setdefault("inversions", Adapters(Parts(self)))
         return loaded
 
     def load_textual_inversion(
@@ -323,6 +345,11 @@ def file_in(source: Source, weight_name: str | None, subfolder: str | None, usua
     if not (folder / chosen).is_file():
         raise CheckpointError(f"{folder}: has no {chosen}; give weight_name, one of {', '.join(names) or 'nothing'}")
     return folder / chosen
+
+
+def packed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as files want them."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
 def kept(path: Path, folder: Path) -> Path:

@@ -1,5 +1,7 @@
 """A LoRA trained with the peft library in both networks, then read back as the state dict that is saved."""
 
+import tempfile
+
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, StableDiffusionPipeline
@@ -30,6 +32,17 @@ def main(folder):
         losses.append(loss.detach())
     state = get_peft_model_state_dict(pipe.unet)
     pipe.set_progress_bar_config(disable=True)
+    fresh = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    with tempfile.TemporaryDirectory() as place:
+        StableDiffusionPipeline.save_lora_weights(place, unet_lora_layers=state)
+        fresh.load_lora_weights(place)
+        loaded = fresh("red heart", 64, 64, 2, generator=torch.Generator().manual_seed(1), output_type="latent").images
     generator = torch.Generator().manual_seed(1)
     image = pipe("red heart", num_inference_steps=2, generator=generator, output_type="latent").images
-    return {"losses": torch.stack(losses), "count": torch.tensor(len(trained)), "image": image, **state}
+    return {
+        "losses": torch.stack(losses),
+        "count": torch.tensor(len(trained)),
+        "image": image,
+        "loaded": loaded,
+        **state,
+    }

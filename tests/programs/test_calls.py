@@ -166,6 +166,31 @@ def test_results_answer_as_mappings(pair):
     assert list(out.keys()) == ["sample"] and next(iter(out.values())) is out[0] is out.sample is out["sample"]
 
 
+def test_pipelines_that_share_networks_share_adapters(twin):
+    pipe = quiet(dialect.StableDiffusionPipeline.from_pretrained(twin[1]))
+    settings = {"num_inference_steps": 1, "output_type": "latent"}
+    before = pipe("a cat <x>", generator=seeded(1)[0], **settings).images
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    pipe.load_lora_weights({f"{layer}.lora_A.weight": torch.ones(2, 128), f"{layer}.lora_B.weight": torch.ones(128, 2)})
+    pipe.load_textual_inversion(torch.ones(128), token="<x>")
+    other = quiet(dialect.StableDiffusionPipeline.from_pipe(pipe))
+    assert other.get_list_adapters() == {"unet": ["default_0"]} and other.get_active_adapters() == ["default_0"]
+    assert not same(other("a cat <x>", generator=seeded(1)[0], **settings).images, before)
+    other.unload_lora_weights()
+    other.unload_textual_inversion()
+    assert not pipe.get_active_adapters() and same(pipe("a cat <x>", generator=seeded(1)[0], **settings).images, before)
+    for wrong, words in (
+        ({"adapter_names": ["x"]}, "'x': no such adapter; there are none"),
+        ({"adapter_names": [], "adapter_weights": [1.0]}, "1 for 0 adapters"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            pipe.set_adapters(**wrong)
+    with pytest.raises(minisd.CheckpointError, match=r"has no pytorch_lora_weights\.safetensors; give weight_name"):
+        pipe.load_lora_weights(twin[1])
+    with pytest.raises(ValueError, match="needs unet_lora_layers"):
+        pipe.save_lora_weights("x")
+
+
 # ------------------------------------------------ helpers
 
 

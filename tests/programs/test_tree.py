@@ -100,6 +100,23 @@ def test_minisds_network_has_the_layers_of_the_tree(pairs):
     assert mine.core.down[0].resnet.conv1 is mine.down_blocks[0].resnets[0].conv1
 
 
+def test_a_layer_for_more_channels_is_saved_and_loaded(pairs, tmp_path):
+    """As programs make an inpainting model of a plain one."""
+    results = []
+    for index, network in enumerate(map(copy.deepcopy, pairs["unet"])):
+        torch.manual_seed(0)
+        network.conv_in = torch.nn.Conv2d(9, network.conv_in.out_channels, 3, padding=1)
+        network.register_to_config(in_channels=9)
+        network.save_pretrained(tmp_path / str(index))
+        text = torch.ones(1, 77, NARROW["text"])
+        results.append(network(torch.ones(1, 9, 8, 8), 5, text)[0])
+        for library in (diffusers, dialect):
+            again = library.UNet2DConditionModel.from_pretrained(tmp_path / str(index))
+            results.append(again(torch.ones(1, 9, 8, 8), 5, text)[0])
+            assert again.config.in_channels == 9
+    assert all(torch.equal(one, results[0]) for one in results)
+
+
 def test_processors_that_do_not_fit(pairs):
     mine = pairs["unet"][1]
     processors = mine.attn_processors

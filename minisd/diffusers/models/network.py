@@ -130,6 +130,10 @@ class Network(nn.Module, SavesMemory):
         """A new network with the settings of another's `config`."""
         return cls(**{name: value for name, value in {**config, **overrides}.items() if not name.startswith("_")})
 
+    def register_to_config(self, **settings: Any) -> None:
+        """Change what `config` says and `save_pretrained` writes, after a layer was replaced by a program's own."""
+        self.config = Config({**self.config, **settings})
+
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
