@@ -114,7 +114,9 @@ def test_a_layer_for_more_channels_is_saved_and_loaded(pairs, tmp_path):
             again = library.UNet2DConditionModel.from_pretrained(tmp_path / str(index))
             results.append(again(torch.ones(1, 9, 8, 8), 5, text)[0])
             assert again.config.in_channels == 9
-    assert all(torch.equal(one, results[0]) for one in results)
+    made, loaded = results[::3], [one for index, one in enumerate(results) if index % 3]
+    assert torch.equal(*made)  # weights in memory lie elsewhere than weights in files, and kernels round by that
+    assert all(torch.equal(one, loaded[0]) for one in loaded) and torch.allclose(made[0], loaded[0], atol=1e-5)
 
 
 def test_processors_that_do_not_fit(pairs):
