@@ -123,15 +123,19 @@ class Attention(nn.Module):
 
         Of `cross_attention_kwargs` the processor gets those that it takes; for others there is a warning.
         """
-        taken = inspect.signature(self.processor.__call__).parameters
-        unknown = [name for name in cross_attention_kwargs if name not in taken]
-        if unknown:
-            kind = type(self.processor).__name__
-            warnings.warn(f"cross_attention_kwargs: {', '.join(unknown)} not taken by {kind}, ignored", stacklevel=2)
-        known = {name: value for name, value in cross_attention_kwargs.items() if name in taken}
+        known = self.known_to_processor(cross_attention_kwargs) if cross_attention_kwargs else {}
         return self.processor(
             self, hidden_states, encoder_hidden_states=encoder_hidden_states, attention_mask=attention_mask, **known
         )
+
+    def known_to_processor(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Those of the arguments given that the processor takes, with a warning for the others."""
+        taken = inspect.signature(self.processor.__call__).parameters
+        unknown = [name for name in given if name not in taken]
+        if unknown:
+            kind = type(self.processor).__name__
+            warnings.warn(f"cross_attention_kwargs: {', '.join(unknown)} not taken by {kind}, ignored", stacklevel=3)
+        return {name: value for name, value in given.items() if name in taken}
 
     def head_to_batch_dim(self, tensor: Tensor, out_dim: int = 3) -> Tensor:
         """(B, N, C) -> (B h, N, C / h), or (B, h, N, C / h) for `out_dim=4`."""
