@@ -202,9 +202,11 @@ def check_number(where: str, name: str, value: Any) -> None:
 
 
 def check_divides(where: str, arguments: dict[str, Any], name: str) -> None:
-    """Norm groups and heads split every width evenly."""
-    for width in arguments.get("widths", (arguments.get("width"),)):
-        if width % arguments[name]:
+    """Norm groups split every width evenly; heads those with attention, of which the UNet's last level is one."""
+    widths = arguments.get("widths", (arguments.get("width"),))
+    attends = (*arguments.get("attention", ())[:-1], True) if name == "heads" else (True,) * len(widths)
+    for width, needed in zip(widths, attends, strict=True):
+        if needed and width % arguments[name]:
             raise CheckpointError(f"{where}: {name}={arguments[name]} does not divide the width {width}")
 
 

@@ -5,27 +5,30 @@ What a pipeline does with a prompt is in `pipelines.py`.
 
 from __future__ import annotations
 
-import inspect
-import json
 import os
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from minisd.checkpoint.load import Checkpoint, build, open_checkpoint, read_tokenizer, usable_device
-from minisd.diffusers.images import VaeImageProcessor
-from minisd.diffusers.loading import NEUTRAL, Source, check_is_variant, check_variant, chosen_dtype
-from minisd.diffusers.models import SCHEDULERS, AutoencoderKL, SavesMemory, UncoveredScheduler, UNet2DConditionModel
+from minisd.diffusers.image_processor import VaeImageProcessor
+from minisd.diffusers.loaders import StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
+from minisd.diffusers.loading import NEUTRAL, Source, check_is_variant, check_variant, chosen_dtypes
+from minisd.diffusers.models import AutoencoderKL, UNet2DConditionModel
+from minisd.diffusers.models.network import SavesMemory
+from minisd.diffusers.outputs import Config
 from minisd.diffusers.refusing import NotCoveredError, accept, missing, parameters
-from minisd.diffusers.text import CLIPTextModel, CLIPTokenizer
-from minisd.files import read_json_object, write_whole
+from minisd.diffusers.saving import pipeline_index, save_pipeline
+from minisd.diffusers.scheduling import correct, folder_scheduler, make_scheduler
+from minisd.diffusers.text_encoder import CLIPTextModel
+from minisd.diffusers.tokenizer import CLIPTokenizer
+from minisd.files import read_json_object
 from minisd.pipeline import StableDiffusion
-from minisd.schedulers import Scheduler, SchedulerConfig, StepResult
 
 if TYPE_CHECKING:
     from typing import Self
@@ -40,34 +43,40 @@ NETWORKS: dict[str, type[UNet2DConditionModel | AutoencoderKL | CLIPTextModel]] 
 NO_EXTRAS: dict[str, tuple[Any, ...]] = {**dict.fromkeys(ABSENT, (None,)), "requires_safety_checker": (True, False)}
 
 
-class Assembly(SavesMemory):
+class Assembly(SavesMemory, StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin):
     """The parts of Stable Diffusion, together. Base of the three pipelines."""
 
     # diffusers corrects these settings of any scheduler that a pipeline is made with (not of one assigned later).
     _corrections: ClassVar[dict[str, Any]] = {"steps_offset": 1, "clip_sample": False}
 
+    _optional_components: ClassVar[tuple[str, ...]] = ABSENT
+
     def __init__(
         self,
-        vae: AutoencoderKL,
-        text_encoder: CLIPTextModel,
-        tokenizer: CLIPTokenizer,
-        unet: UNet2DConditionModel,
+        vae: Any,
+        text_encoder: Any,
+        tokenizer: Any,
+        unet: Any,
         scheduler: Any,
         **extras: Any,
     ) -> None:
-        """From its parts. Raises NotCoveredError for a safety checker, and for a part that is None."""
+        """From its parts, of which some may be None. Raises NotCoveredError for a safety checker."""
         call = type(self).__name__
         accept(call, extras, NO_EXTRAS, parameters(self.__init__))  # type: ignore[misc]
         self.vae, self.text_encoder, self.tokenizer = vae, text_encoder, tokenizer
         self.unet, self.scheduler = unet, scheduler
         self.feature_extractor = self.image_encoder = None
-        for name in PARTS:
-            if getattr(self, name) is None:
-                raise NotCoveredError(f"{call}: {name}=None is not covered by minisd.diffusers: all parts are needed")
         correct(scheduler, self._corrections)
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.vae_scale_factor = 8 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self._progress_bar_config: dict[str, Any] = {}
+
+    def register_modules(self, **parts: Any) -> None:
+        """Replace parts by name."""
+        for name, part in parts.items():
+            if name not in (*PARTS, *ABSENT):
+                raise NotCoveredError(f"register_modules: {name} is not covered, which takes {', '.join(PARTS)}")
+            setattr(self, name, part)
 
     # ------------------------------------------------ files
 
@@ -75,8 +84,8 @@ class Assembly(SavesMemory):
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: Source,
-        torch_dtype: torch.dtype | None = None,
-        dtype: torch.dtype | None = None,
+        torch_dtype: Any = None,
+        dtype: Any = None,
         variant: str | None = None,
         **others: Any,
     ) -> Self:
@@ -89,8 +98,9 @@ class Assembly(SavesMemory):
         given = {name: others.pop(name) for name in PARTS if name in others}
         accept(call, others, NEUTRAL | NO_EXTRAS, [*parameters(cls.from_pretrained), *PARTS])
         check_variant(call, variant)
-        number = chosen_dtype(call, dtype, torch_dtype, torch.float32)
-        half = torch.float16 if variant == "fp16" else torch.float32
+        dtypes = chosen_dtypes(call, dtype, torch_dtype)
+        wants_half = "fp16" in (variant, others.get("revision"))
+        half = torch.float16 if wants_half else torch.float32
         weights = "raw" if variant == "non_ema" else "auto"
         checkpoint = open_checkpoint(pretrained_model_name_or_path, dtype=half, weights=weights)
         if not checkpoint.path.is_dir():
@@ -99,14 +109,14 @@ class Assembly(SavesMemory):
             check_is_variant(component.files, variant)
         if "safety_checker" not in others:
             note_safety_checker(checkpoint.path)
-        return cls(**{"scheduler": folder_scheduler(checkpoint.path), **loaded(checkpoint, number, given), **given})
+        return cls(**{"scheduler": folder_scheduler(checkpoint.path), **loaded(checkpoint, dtypes, given), **given})
 
     @classmethod
     def from_single_file(
         cls,
         pretrained_model_link_or_path: Source,
-        torch_dtype: torch.dtype | None = None,
-        dtype: torch.dtype | None = None,
+        torch_dtype: Any = None,
+        dtype: Any = None,
         config: Source | None = None,
         **others: Any,
     ) -> Self:
@@ -118,7 +128,7 @@ class Assembly(SavesMemory):
         given = {name: others.pop(name) for name in PARTS if name in others}
         neutral = {"original_config": (None,), "original_config_file": (None,), "load_safety_checker": (None, False)}
         accept(call, others, NEUTRAL | NO_EXTRAS | neutral, [*parameters(cls.from_single_file), *PARTS])
-        number = chosen_dtype(call, dtype, torch_dtype, torch.float32)
+        dtypes = chosen_dtypes(call, dtype, torch_dtype)
         if "://" in os.fspath(pretrained_model_link_or_path):
             raise NotCoveredError(f"{call}: addresses are not covered by minisd.diffusers: give a file on this machine")
         checkpoint = open_checkpoint(pretrained_model_link_or_path, dtype=torch.float32)
@@ -128,24 +138,29 @@ class Assembly(SavesMemory):
         else:
             scheduler = folder_scheduler(Path(os.path.expanduser(config)))
             given.setdefault("tokenizer", CLIPTokenizer.from_pretrained(config, subfolder="tokenizer"))
-        return cls(**{"scheduler": scheduler, **loaded(checkpoint, number, given), **given})
+        return cls(**{"scheduler": scheduler, **loaded(checkpoint, dtypes, given), **given})
 
     @classmethod
     def from_pipe(cls, pipeline: Assembly, **parts: Any) -> Self:
         """This pipeline with another's parts, which are shared, not copied; `parts` replace some."""
         return cls(**{**pipeline.components, **parts})
 
-    def save_pretrained(self, save_directory: Source, **others: Any) -> None:
-        """Write a folder that diffusers loads too. Raises FileExistsError where something else is in the way."""
-        neutral = {"safe_serialization": (True,), "variant": (None,), "push_to_hub": (False,)}
-        accept(f"{type(self).__name__}.save_pretrained", others, neutral, ["save_directory"])
-        name = self.scheduler.name if isinstance(self.scheduler, UncoveredScheduler) else type(self.scheduler).__name__
-        core = self._core()
-        core.scheduler_config["_class_name"] = name
-        core.save(save_directory)
-        index = Path(os.path.expanduser(save_directory), "model_index.json")
-        kinds = {"_class_name": type(self).__name__, "scheduler": ["diffusers", name]}
-        write_whole(index, json.dumps(read_json_object(index) | kinds, indent=2).encode())
+    def save_pretrained(
+        self,
+        save_directory: Source,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        **others: Any,
+    ) -> None:
+        """Write a folder that diffusers loads too, with a folder for each part. `variant`: "fp16", in file names.
+
+        Raises FileExistsError where something else is in the way.
+        """
+        call = f"{type(self).__name__}.save_pretrained"
+        neutral = {"safe_serialization": (True,), "push_to_hub": (False,), "max_shard_size": (None, "10GB")}
+        given = {"safe_serialization": safe_serialization, **others}
+        accept(call, given, neutral, parameters(Assembly.save_pretrained))
+        save_pipeline(Path(os.path.expanduser(save_directory)), self, variant)
 
     # ------------------------------------------------ parts
 
@@ -155,12 +170,16 @@ class Assembly(SavesMemory):
         return {name: getattr(self, name) for name in (*PARTS, *ABSENT)}
 
     def _core(self) -> StableDiffusion:
-        """minisd's pipeline of these parts: the loop and the tasks run on it."""
-        networks = self.text_encoder.core, self.unet.core, self.vae.core
-        return StableDiffusion(*networks, self.tokenizer.core, scheduler=self.scheduler.config)
+        """minisd's pipeline of these parts: the loop and the tasks run on it, and need no part that is None here."""
+        text_encoder: Any = None if self.text_encoder is None else self.text_encoder.core
+        vae: Any = NoVAE(self.vae_scale_factor, self.unet.config.out_channels) if self.vae is None else self.vae.core
+        tokenizer: Any = None if self.tokenizer is None else self.tokenizer.core
+        return StableDiffusion(text_encoder, self.unet.core, vae, tokenizer, scheduler=self.scheduler.config)
 
-    def _loop_scheduler(self) -> Any:
-        return self.scheduler if isinstance(self.scheduler, Scheduler) else ForeignScheduler(self.scheduler)
+    @property
+    def config(self) -> Config:
+        """Which classes the parts have, as model_index.json says it."""
+        return Config(pipeline_index(self))
 
     @property
     def safety_checker(self) -> None:
@@ -172,19 +191,23 @@ class Assembly(SavesMemory):
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move the networks to a device, a dtype, or both, as `torch.nn.Module.to`; returns the pipeline."""
+        dtype = kwargs.pop("torch_dtype", None)
         for name in NETWORKS:
-            getattr(self, name).to(*args, **kwargs)
+            if getattr(self, name) is not None:
+                getattr(self, name).to(*args, **kwargs, **({} if dtype is None else {"dtype": dtype}))
         return self
 
     @property
     def device(self) -> torch.device:
-        return self.unet.device
+        device: torch.device = self.unet.device
+        return device
 
     _execution_device = device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.unet.dtype
+        dtype: torch.dtype = self.unet.dtype
+        return dtype
 
     def enable_vae_slicing(self) -> None:
         self.vae.enable_slicing()
@@ -204,6 +227,9 @@ class Assembly(SavesMemory):
 
     enable_sequential_cpu_offload = enable_model_cpu_offload
 
+    def maybe_free_model_hooks(self) -> None:
+        """No effect: offloading is moving here."""
+
     def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> Any:
         """A tqdm bar, with what `set_progress_bar_config` said."""
         return tqdm(iterable, total=total, **self._progress_bar_config)
@@ -216,35 +242,21 @@ class Assembly(SavesMemory):
         raise missing(self, name)
 
 
-class ForeignScheduler:
-    """A scheduler object of another make, which the sampling loop calls as it calls minisd's."""
+class NoVAE:
+    """What the sampling loop asks of a VAE, where a pipeline has none: how much smaller latents are."""
 
-    def __init__(self, scheduler: Any) -> None:
-        self.scheduler = scheduler
-
-    def __len__(self) -> int:
-        return len(self.scheduler)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.scheduler, name)
-
-    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, **given: Any) -> StepResult:
-        result = self.scheduler.step(model_output, timestep, sample, **step_arguments(self.scheduler, **given))
-        return StepResult(result.prev_sample, getattr(result, "pred_original_sample", result.prev_sample))
+    def __init__(self, downsampling: int, latent_channels: int) -> None:
+        self.config = SimpleNamespace(downsampling=downsampling, latent_channels=latent_channels)
 
 
-def step_arguments(scheduler: Any, **given: Any) -> dict[str, Any]:
-    """Of the arguments given, those that this scheduler's `step` takes."""
-    known = inspect.signature(scheduler.step).parameters
-    return {name: value for name, value in given.items() if name in known}
-
-
-def loaded(checkpoint: Checkpoint, dtype: torch.dtype | None, given: Mapping[str, Any]) -> dict[str, Any]:
+def loaded(
+    checkpoint: Checkpoint, dtypes: Mapping[str, torch.dtype | None], given: Mapping[str, Any]
+) -> dict[str, Any]:
     """The networks and the tokenizer of a checkpoint, but for those `given`."""
     for note in checkpoint.notes:
         warnings.warn(note, stacklevel=3)
     parts: dict[str, Any] = {
-        name: kind(build(kind.kind, checkpoint.components[name], dtype, torch.device("cpu")))
+        name: kind.of(build(kind.kind, checkpoint.components[name], dtypes[name], torch.device("cpu")))
         for name, kind in NETWORKS.items()
         if name not in given
     }
@@ -253,35 +265,9 @@ def loaded(checkpoint: Checkpoint, dtype: torch.dtype | None, given: Mapping[str
     return parts
 
 
-def make_scheduler(name: str, config: Mapping[str, Any]) -> Scheduler | UncoveredScheduler:
-    """The scheduler that a folder names, or something that stands in its place until a program assigns another."""
-    if name in SCHEDULERS:
-        return SCHEDULERS[name].from_config(config)
-    return UncoveredScheduler(name, {key: value for key, value in config.items() if not key.startswith("_")})
-
-
-def folder_scheduler(folder: Path) -> Scheduler | UncoveredScheduler:
-    """Of the two files that name it, model_index.json decides in diffusers."""
-    config = read_json_object(folder / "scheduler" / "scheduler_config.json")
-    index = folder / "model_index.json"
-    entry = read_json_object(index).get("scheduler") if index.exists() else None
-    name = entry[1] if isinstance(entry, list) and len(entry) == 2 else config.get("_class_name")
-    return make_scheduler(str(name), config)
-
-
 def note_safety_checker(folder: Path) -> None:
     """Lest anybody thinks that pictures are checked here."""
     index = folder / "model_index.json"
     entry = read_json_object(index).get("safety_checker") if index.exists() else None
     if isinstance(entry, list) and any(entry):
         warnings.warn(f"{folder}: its safety checker is not covered by minisd.diffusers and not used", stacklevel=3)
-
-
-def correct(scheduler: Any, corrections: Mapping[str, Any]) -> None:
-    """Set what diffusers sets on a pipeline's scheduler, where it says otherwise; a scheduler of other make stays."""
-    wrong = {key: value for key, value in corrections.items() if scheduler.config.get(key, value) != value}
-    if isinstance(scheduler, UncoveredScheduler):
-        scheduler.config = SchedulerConfig({**scheduler.config, **wrong})
-    elif isinstance(scheduler, Scheduler):
-        for key, value in wrong.items():
-            setattr(scheduler, key, value)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from minisd.checkpoint.header import Files
-from minisd.checkpoint.hub import SD15_REPOSITORY, resolve, why_not_fetched
+from minisd.checkpoint.hub import SD15_REPOSITORY, STEMS, resolve, why_not_fetched
 from minisd.checkpoint.load import open_alone
 from minisd.checkpoint.survey import Part
 from minisd.diffusers.refusing import NotCoveredError, shortened
@@ -16,27 +16,38 @@ from minisd.files import CheckpointError, read_json_object
 
 # Arguments of every from_pretrained that change nothing here, and the values at which they do not.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "revision": (None, "main"),
+    "revision": (None, "main", "fp16"),
     "use_safetensors": (None, True),
     "low_cpu_mem_usage": (None, True, False),
     "local_files_only": (None, False),
     "force_download": (None, False),
     "cache_dir": (None,),
-    "token": (None,),
+    "token": (None, True, False),
+    "use_auth_token": (None, True, False),
     "device_map": (None,),
 }
 Source = str | os.PathLike[str]
 
 
 def chosen_dtype(call: str, dtype: Any, torch_dtype: Any, default: torch.dtype | None) -> torch.dtype | None:
-    """The dtype asked for under either of its two names. Raises NotCoveredError for "auto" and other texts."""
+    """The dtype asked for under either of its two names; None, the file's, for "auto". Raises NotCoveredError."""
     asked = torch_dtype if dtype is None else dtype
+    if isinstance(asked, str) and asked == "auto":
+        return None
     if asked is not None and not (isinstance(asked, torch.dtype) and asked.is_floating_point):
         raise NotCoveredError(
             f"{call}: torch_dtype={shortened(asked)} is not covered by minisd.diffusers, which takes a floating-point "
-            "torch.dtype"
+            'torch.dtype, or "auto"'
         )
     return default if asked is None else asked
+
+
+def chosen_dtypes(call: str, dtype: Any, torch_dtype: Any) -> dict[str, torch.dtype | None]:
+    """The dtype of each network: one for all, float32 unless given, or a dict by part with a "default"."""
+    asked = torch_dtype if dtype is None else dtype
+    by_part = asked if isinstance(asked, dict) else {"default": asked}
+    usual = by_part.get("default")
+    return {name: chosen_dtype(call, by_part.get(name, usual), None, torch.float32) for name in STEMS}
 
 
 def check_variant(call: str, variant: str | None) -> None:

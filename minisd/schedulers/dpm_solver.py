@@ -16,6 +16,7 @@ from torch import Tensor
 from minisd.checks import require, require_one_of, whole
 from minisd.noise import Generators, draw_noise
 from minisd.schedulers.base import StepResult
+from minisd.schedulers.ddpm import VARIANCE_TYPES
 from minisd.schedulers.exponential import ExponentialScheduler, divided_differences, level, step_weights
 
 ALGORITHMS = ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++")
@@ -48,7 +49,8 @@ class DPMSolverMultistepScheduler(ExponentialScheduler):
             self.solver_type = "midpoint"
         require_one_of(ALGORITHMS, "algorithm_type", self.algorithm_type)
         require_one_of(("midpoint", "heun"), "solver_type", self.solver_type)
-        require_one_of((None, "learned", "learned_range"), "variance_type", self.variance_type)  # type: ignore[arg-type]
+        if self.variance_type is not None:  # a DDPM's configuration has a fixed one, which has no effect here
+            require_one_of(VARIANCE_TYPES, "variance_type", self.variance_type)
         ends = self.algorithm_type.endswith("++") or self.final_sigmas_type != "zero"
         require(
             ends, "final_sigmas_type", "zero", f'"sigma_min" for {self.algorithm_type}: eps at sigma 0 divides by 0'
@@ -79,7 +81,7 @@ class DPMSolverMultistepScheduler(ExponentialScheduler):
 
     def convert_model_output(self, model_output: Tensor, *, sample: Tensor) -> Tensor:
         """The model's output as what the algorithm extrapolates: x0 for the ++ ones, else eps."""
-        if self.variance_type is not None and self.prediction_type == "epsilon":
+        if self.variance_type in ("learned", "learned_range") and self.prediction_type == "epsilon":
             model_output = model_output[:, :3]
         at = level(self.sigmas[self.step_index or 0])
         if self.algorithm_type.endswith("++"):

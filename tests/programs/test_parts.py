@@ -20,6 +20,7 @@ TEXTS = [
     "café 😀 naïve  spaces",
     "don't <|endoftext|> x",
     "many words " * 60,
+    "longer than any limit " * 2000,
 ]
 
 
@@ -39,6 +40,12 @@ CALLS = (
     {"padding": True, "truncation": True, "max_length": 12},
     {"truncation": True},
     {},
+    {"padding": "do_not_pad", "truncation": True, "max_length": 77},
+    {"add_special_tokens": False, "truncation": True, "max_length": 5},
+    {"add_special_tokens": False, "padding": "longest"},
+    {"padding": "max_length", "max_length": 10, "truncation": True, "return_overflowing_tokens": True},
+    {"truncation": True, "max_length": 10, "return_overflowing_tokens": True, "return_length": True},
+    {"padding": "longest", "return_length": True, "return_overflowing_tokens": False},
 )
 
 
@@ -47,13 +54,45 @@ def test_tokenizer_calls(tokenizers, call):
     theirs, mine = tokenizers
     for text in TEXTS:
         a, b = theirs(text, **call), mine(text, **call)
-        assert b.input_ids == a.input_ids and b["attention_mask"] == a["attention_mask"] and list(b) == list(a)
+        assert {**b} == {**a} and b.input_ids == b["input_ids"]
     a, b = theirs(TEXTS, **call), mine(TEXTS, **call)
-    assert b.input_ids == a.input_ids and b.attention_mask == a.attention_mask
-    if call.get("padding"):
+    assert {**b} == {**a}
+    if call.get("padding") not in (None, "do_not_pad"):
         a, b = theirs(TEXTS, **call, return_tensors="pt"), mine(TEXTS, **call, return_tensors="pt").to("cpu")
         assert torch.equal(a.input_ids, b.input_ids) and torch.equal(a.attention_mask, b.attention_mask)
         assert a.input_ids.dtype == b.input_ids.dtype
+
+
+@pytest.mark.parametrize("call", ({}, {"padding": "max_length", "max_length": 9}), ids=str)
+def test_padding_what_was_encoded(tokenizers, call):
+    rows = [[49, 50, 51], [52]]
+    for given in ({"input_ids": rows}, [{"input_ids": row} for row in rows]):
+        theirs, mine = (one.pad(given, **call) for one in tokenizers)
+        assert {**theirs} == {**mine}
+        theirs, mine = (one.pad(given, return_tensors="pt", **call) for one in tokenizers)
+        assert torch.equal(theirs.input_ids, mine.input_ids) and torch.equal(theirs.attention_mask, mine.attention_mask)
+    theirs, mine = (one.pad({"input_ids": rows[0]}, **call) for one in tokenizers)
+    assert {**theirs} == {**mine}
+
+
+def test_tokens_that_a_program_adds(twin):
+    folder = twin[1]
+    theirs, mine = (one.CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer") for one in (transformers, dialect))
+    text = "a <cat> and<DOG>red cat"
+    for one in (theirs, mine):
+        assert one.add_tokens("<cat>") == 1 and one.add_tokens(["<cat>", "<dog>"]) == 1
+    ids = theirs(text).input_ids
+    assert mine(text).input_ids == ids and len(mine) == len(theirs) and mine.vocab_size == theirs.vocab_size
+    assert mine.decode(ids) == theirs.decode(ids) and mine.get_added_vocab() == theirs.get_added_vocab()
+    encoder = dialect.CLIPTextModel.from_pretrained(folder, subfolder="text_encoder")
+    before = encoder.get_input_embeddings().weight.clone()
+    table = encoder.resize_token_embeddings(len(mine))
+    assert table is encoder.get_input_embeddings() and table.weight.shape[0] == len(mine) == encoder.config.vocab_size
+    assert torch.equal(table.weight[: len(before)], before)
+    reference = transformers.CLIPTextModel.from_pretrained(folder, subfolder="text_encoder")
+    reference.resize_token_embeddings(len(theirs)).weight.data[-2:] = 0.1
+    table.weight.data[-2:] = 0.1
+    assert torch.equal(encoder(torch.tensor([ids]))[0], reference(torch.tensor([ids]))[0])
 
 
 def test_tokenizer_answers(tokenizers):

@@ -1,0 +1,320 @@
+"""The inner modules of diffusers' networks: minisd's layers under the names by which published code finds them.
+
+minisd's networks are flat lists of blocks; diffusers' are trees. A tree here holds the very layers of minisd's network
+(one weight is one tensor), and calls each module with the arguments that diffusers calls it with, so that hooks fire,
+and a `forward` or a submodule that a program replaced is what runs. Next: `unet.py` and `vae.py`, which grow the trees.
+"""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from minisd import layers, unet, vae
+from minisd.diffusers.models.attention_processor import Attention
+from minisd.diffusers.outputs import output
+
+Modules = Sequence[nn.Module]
+ACTIVATIONS = {F.silu: nn.SiLU, F.gelu: nn.GELU}
+
+
+class ResnetBlock2D(nn.Module):
+    """`minisd.layers.ResnetBlock`."""
+
+    output_scale_factor, time_embedding_norm = 1.0, "default"
+    upsample = downsample = None
+
+    def __init__(self, core: layers.ResnetBlock) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels = core.conv1.in_channels, core.conv1.out_channels
+        self.norm1, self.conv1, self.time_emb_proj = core.norm1, core.conv1, core.time
+        self.norm2, self.dropout, self.conv2 = core.norm2, nn.Dropout(0.0), core.conv2
+        self.nonlinearity = ACTIVATIONS[core.activation]()
+        self.conv_shortcut, self.use_in_shortcut = core.shortcut, core.shortcut is not None
+
+    def forward(self, input_tensor: Tensor, temb: Tensor | None = None) -> Tensor:
+        """(B, C, H, W), embedded timestep (B, D) -> (B, C', H, W)."""
+        x = self.conv1(self.nonlinearity(self.norm1(input_tensor)))
+        if self.time_emb_proj is not None and temb is not None:
+            x = x + self.time_emb_proj(self.nonlinearity(temb))[:, :, None, None]
+        x = self.conv2(self.dropout(self.nonlinearity(self.norm2(x))))
+        residual = input_tensor
+        if self.conv_shortcut is not None:  # the order in memory decides the rounding: in training diffusers' is plain
+            residual = self.conv_shortcut(input_tensor.contiguous() if self.training else input_tensor)
+        return (residual + x) / self.output_scale_factor
+
+
+class Downsample2D(layers.Downsample):
+    """`minisd.layers.Downsample`."""
+
+    def __init__(self, core: layers.Downsample) -> None:
+        nn.Module.__init__(self)
+        self.conv, self.channels, self.use_conv = core.conv, core.conv.in_channels, True
+        self.out_channels, self.padding = core.conv.out_channels, core.conv.padding[0]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states)
+
+
+class Upsample2D(layers.Upsample):
+    """`minisd.layers.Upsample`, to twice the size unless told another."""
+
+    def __init__(self, core: layers.Upsample) -> None:
+        nn.Module.__init__(self)
+        self.conv, self.channels, self.use_conv = core.conv, core.conv.in_channels, True
+        self.out_channels = core.conv.out_channels
+
+    def forward(self, hidden_states: Tensor, output_size: Any = None) -> Tensor:
+        height, width = output_size or (2 * hidden_states.shape[2], 2 * hidden_states.shape[3])
+        return super().forward(hidden_states, (height, width))
+
+
+class GEGLU(nn.Module):
+    """Value times gelu(gate): the first layer of the feed-forward network."""
+
+    def __init__(self, proj: nn.Linear) -> None:
+        super().__init__()
+        self.proj = proj
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(B, N, C) -> (B, N, 4C)."""
+        value, gate = self.proj(hidden_states).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """`minisd.unet.GatedFeedForward`."""
+
+    def __init__(self, core: unet.GatedFeedForward) -> None:
+        super().__init__()
+        self.net = nn.ModuleList([GEGLU(core.expand), nn.Dropout(0.0), core.contract])
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(B, N, C) -> (B, N, C)."""
+        for layer in self.net:
+            hidden_states = layer(hidden_states)
+        return hidden_states
+
+
+class BasicTransformerBlock(nn.Module):
+    """The sequence half of `minisd.unet.SpatialTransformer`: two attentions and a feed-forward network."""
+
+    only_cross_attention, norm_type, pos_embed = False, "layer_norm", None
+    use_ada_layer_norm = use_ada_layer_norm_zero = use_ada_layer_norm_single = use_layer_norm_ = False
+
+    def __init__(self, core: unet.SpatialTransformer) -> None:
+        super().__init__()
+        self.norm1, self.attn1 = core.self_attn_norm, Attention(core.self_attn, crosses=False)
+        self.norm2, self.attn2 = core.cross_attn_norm, Attention(core.cross_attn, crosses=True)
+        self.norm3, self.ff = core.feed_forward_norm, FeedForward(core.feed_forward)
+        self.dim, self.num_attention_heads = self.attn1.query_dim, self.attn1.heads
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        timestep: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        class_labels: Tensor | None = None,
+        added_cond_kwargs: dict[str, Any] | None = None,
+    ) -> Tensor:
+        """(B, N, C), context (B, T, D) -> (B, N, C). `timestep` and what comes after the kwargs have no effect."""
+        extra = cross_attention_kwargs or {}
+        x = hidden_states
+        context, mask = encoder_hidden_states, encoder_attention_mask
+        own = context if self.only_cross_attention else None
+        x = self.attn1(self.norm1(x), encoder_hidden_states=own, attention_mask=attention_mask, **extra) + x
+        x = self.attn2(self.norm2(x), encoder_hidden_states=context, attention_mask=mask, **extra) + x
+        return self.ff(self.norm3(x)) + x
+
+
+class Transformer2DModel(nn.Module):
+    """`minisd.unet.SpatialTransformer`."""
+
+    use_linear_projection, is_input_continuous = False, True
+
+    def __init__(self, core: unet.SpatialTransformer) -> None:
+        super().__init__()
+        self.in_channels = self.inner_dim = core.proj_in.in_channels
+        self.norm, self.proj_in = core.norm, core.proj_in
+        self.transformer_blocks = nn.ModuleList([BasicTransformerBlock(core)])
+        self.proj_out = core.proj_out
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        timestep: Tensor | None = None,
+        added_cond_kwargs: dict[str, Any] | None = None,
+        class_labels: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """(B, C, H, W), context (B, T, D) -> `.sample` (B, C, H, W)."""
+        height = hidden_states.shape[2]
+        x = rearrange(self.proj_in(self.norm(hidden_states)), "b c h w -> b (h w) c")  # (B, HW, C)
+        for block in self.transformer_blocks:
+            x = block(
+                x,
+                attention_mask=attention_mask,
+                encoder_hidden_states=encoder_hidden_states,
+                encoder_attention_mask=encoder_attention_mask,
+                timestep=timestep,
+                cross_attention_kwargs=cross_attention_kwargs,
+                class_labels=class_labels,
+            )
+        x = rearrange(x, "b (h w) c -> b c h w", h=height)  # (B, C, H, W)
+        x = self.proj_out(unet.like_layout(x, hidden_states)) + hidden_states
+        return output(return_dict, sample=x)
+
+
+class ResnetStack(nn.Module):
+    """Resnets, each with an attention layer behind it where there are any, then a change of resolution or none.
+
+    Base of diffusers' block classes.
+    """
+
+    has_cross_attention = False
+    gradient_checkpointing = False
+    attentions: nn.ModuleList
+    downsamplers: nn.ModuleList | None
+    upsamplers: nn.ModuleList | None
+
+    def __init__(self, resnets: Modules, attentions: Modules = ()) -> None:
+        super().__init__()
+        if attentions:
+            self.attentions = nn.ModuleList(attentions)
+        self.resnets = nn.ModuleList(resnets)
+
+    def resized(self, name: str, layers: Modules) -> None:
+        """Register the layers that change the resolution, under diffusers' name; None where there are none."""
+        setattr(self, name, nn.ModuleList(layers) if layers else None)
+
+
+class DownBlock2D(ResnetStack):
+    """One level on the way down."""
+
+    def __init__(self, resnets: Modules, attentions: Modules, downsamplers: Modules) -> None:
+        super().__init__(resnets, attentions)
+        self.resized("downsamplers", downsamplers)
+
+    def forward(self, hidden_states: Tensor, temb: Tensor | None = None, **text: Any) -> Any:
+        """(B, C, H, W), embedded timestep -> the same at the next level, and the skips. `text`: see the attention."""
+        x, skips = hidden_states, []
+        for index, resnet in enumerate(self.resnets):
+            x = resnet(x, temb)
+            if self.has_cross_attention:
+                x = self.attentions[index](x, **text, return_dict=False)[0]
+            skips.append(x)
+        for downsampler in self.downsamplers or ():
+            x = downsampler(x)
+            skips.append(x)
+        return x, tuple(skips)
+
+
+class CrossAttnDownBlock2D(DownBlock2D):
+    """One level on the way down, with attention to the text."""
+
+    has_cross_attention = True
+
+
+class UNetMidBlock2DCrossAttn(ResnetStack):
+    """The middle of the UNet."""
+
+    has_cross_attention = True
+
+    def forward(self, hidden_states: Tensor, temb: Tensor | None = None, **text: Any) -> Tensor:
+        """(B, C, H, W), embedded timestep -> (B, C, H, W)."""
+        x = self.resnets[0](hidden_states, temb)
+        for attention, resnet in zip(self.attentions, self.resnets[1:], strict=True):
+            x = resnet(attention(x, **text, return_dict=False)[0], temb)
+        return x
+
+
+class UpBlock2D(ResnetStack):
+    """One level on the way up."""
+
+    def __init__(self, resnets: Modules, attentions: Modules, upsamplers: Modules) -> None:
+        super().__init__(resnets, attentions)
+        self.resized("upsamplers", upsamplers)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        res_hidden_states_tuple: tuple[Tensor, ...],
+        temb: Tensor | None = None,
+        upsample_size: Any = None,
+        **text: Any,
+    ) -> Tensor:
+        """(B, C, H, W), skips (last first), embedded timestep -> the same at the next level."""
+        x = hidden_states
+        for index, resnet in enumerate(self.resnets):
+            x = resnet(torch.cat([x, res_hidden_states_tuple[-1 - index]], dim=1), temb)
+            if self.has_cross_attention:
+                x = self.attentions[index](x, **text, return_dict=False)[0]
+        for upsampler in self.upsamplers or ():
+            x = upsampler(x, upsample_size)
+        return x
+
+
+class CrossAttnUpBlock2D(UpBlock2D):
+    """One level on the way up, with attention to the text."""
+
+    has_cross_attention = True
+
+
+class DownEncoderBlock2D(ResnetStack):
+    """One level of the VAE's encoder."""
+
+    def __init__(self, resnets: Modules, downsamplers: Modules) -> None:
+        super().__init__(resnets)
+        self.resized("downsamplers", downsamplers)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', H/2, W/2), or the same size on the last level."""
+        for resnet in self.resnets:
+            hidden_states = resnet(hidden_states, None)
+        for downsampler in self.downsamplers or ():
+            hidden_states = downsampler(hidden_states)
+        return hidden_states
+
+
+class UpDecoderBlock2D(ResnetStack):
+    """One level of the VAE's decoder."""
+
+    def __init__(self, resnets: Modules, upsamplers: Modules) -> None:
+        super().__init__(resnets)
+        self.resized("upsamplers", upsamplers)
+
+    def forward(self, hidden_states: Tensor, temb: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) -> (B, C', 2H, 2W), or the same size on the last level."""
+        for resnet in self.resnets:
+            hidden_states = resnet(hidden_states, temb)
+        for upsampler in self.upsamplers or ():
+            hidden_states = upsampler(hidden_states)
+        return hidden_states
+
+
+class UNetMidBlock2D(ResnetStack):
+    """The middle of either half of the VAE: self-attention between two resnets."""
+
+    @classmethod
+    def of(cls, middle: nn.ModuleList) -> "UNetMidBlock2D":
+        """From minisd's list of a resnet, attention, a resnet."""
+        first, attention, second = cast(tuple[layers.ResnetBlock, vae.PixelAttention, layers.ResnetBlock], middle)
+        attn = Attention(attention.attn, crosses=False, group_norm=attention.norm)
+        return cls([ResnetBlock2D(first), ResnetBlock2D(second)], [attn])
+
+    def forward(self, hidden_states: Tensor, temb: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        x = self.resnets[0](hidden_states, temb)
+        for attention, resnet in zip(self.attentions, self.resnets[1:], strict=True):
+            x = resnet(attention(x, temb=temb), temb)
+        return x
