@@ -27,7 +27,7 @@ MOST_REPETITIONS = 3
 
 # Methods that PEFT trains on weights that it changed before: the adapter alone is not the change.
 CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-NEUTRAL = (None, False, "none", [], {})
+NEUTRAL: tuple[Any, ...] = (None, False, "none", [], {})
 REFUSED: dict[str, str] = {
     "bias": "it changes biases too",
     "lora_bias": "it has biases of its own",

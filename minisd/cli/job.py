@@ -18,7 +18,7 @@ from minisd.cli.options import text_and_number
 from minisd.cli.output import Paths, check_folder, make_grid, parameters, plan_paths, report, write_png
 from minisd.pipeline import StableDiffusion, to_pictures
 from minisd.sampling import Sampling, Step
-from minisd.tasks.images import fitting_size
+from minisd.tasks.images import finished, fitting_size
 
 SomeStep = TypeVar("SomeStep", bound=Step)
 OWN = {field.name for field in fields(Sampling)}
@@ -105,7 +105,7 @@ class Job:
                 predicted = make_grid(to_pictures(self.sd.decode(step.x0)))
                 path = Path(folder, f"step-{step.index + 1:03}-t{step.timestep:03}.png")
                 write_png(path, predicted, parameters(self.told(), self.extra, self.seed))
-        return to_pictures(self.sd.decode(step.latents))
+        return finished(denoising, to_pictures(self.sd.decode(step.latents)))
 
     def write(
         self,

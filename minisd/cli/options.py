@@ -105,6 +105,11 @@ OPTIONS: dict[str, Any] = {
     "weighted": click.option("--weighted", is_flag=True, help="Read (word:1.3), (word) and [word] as weights."),
     "colour": click.option("--colour", help="Guide towards this mean colour: blue, #4080ff, ..."),
     "colour-scale": click.option("--colour-scale", type=float, default=3.0, show_default=True, help="How strongly."),
+    "keep-outside": click.option(
+        "--keep-outside/--no-keep-outside",
+        default=True,
+        help="Put PICTURE's own pixels back outside the mask, or let all go through the VAE.  [default: keep]",
+    ),
     "plain": click.option("--plain", is_flag=True, help="Plain DDIM inversion: one UNet call a step, not exact."),
     "check": click.option("--check", is_flag=True, help="Say where the first NaN is, and how large values get."),
     "start": click.option(

@@ -47,10 +47,10 @@ def run_checked(job: "Job") -> None:
 @click.argument("image", metavar="PICTURE")
 @options("output", "strength", *GENERATION[1:])
 def img2img(prompt: str, image: str, strength: float | None, **options: Any) -> None:
-    """Change PICTURE into what PROMPT says (SDEdit)."""
+    """Change PICTURE into what PROMPT says (SDEdit). What is transparent in it is white."""
     from minisd.cli.job import Job
     from minisd.tasks.image_to_image import first_step, image_to_image
-    from minisd.tasks.images import read_picture
+    from minisd.tasks.pictures import read_picture
 
     strength, picture = 0.8 if strength is None else strength, read_picture(image)
     job = Job.prepare(prompt, options, picture, strength=strength)
@@ -62,18 +62,22 @@ def img2img(prompt: str, image: str, strength: float | None, **options: Any) -> 
 @click.argument("prompt")
 @click.argument("image", metavar="PICTURE")
 @click.argument("mask")
-@options("output", "strength", *GENERATION[1:])
-def inpaint(prompt: str, image: str, mask: str, strength: float | None, **options: Any) -> None:
-    """Generate PROMPT in PICTURE where the picture MASK is white."""
+@options("output", "strength", "keep-outside", *GENERATION[1:])
+def inpaint(prompt: str, image: str, mask: str, strength: float | None, keep_outside: bool, **options: Any) -> None:
+    """Generate PROMPT in PICTURE where the picture MASK is white.
+
+    Outside the mask PICTURE stays as it is. What is transparent in MASK is not masked, and in PICTURE it is white.
+    """
     from minisd.cli.job import Job
     from minisd.tasks.image_to_image import first_step
-    from minisd.tasks.images import read_picture
     from minisd.tasks.inpainting import inpaint
+    from minisd.tasks.pictures import read_mask, read_picture
 
-    strength, picture, hole = 1.0 if strength is None else strength, read_picture(image), read_picture(mask)
+    strength, picture, hole = 1.0 if strength is None else strength, read_picture(image), read_mask(mask)
     job = Job.prepare(prompt, options, picture, strength=strength)
     taken = job.steps - first_step(job.steps, strength)
-    job.write(job.run(inpaint(job.sd, prompt, picture, hole, strength=strength, **job.settings), taken))
+    steps = inpaint(job.sd, prompt, picture, hole, strength=strength, keep_outside=keep_outside, **job.settings)
+    job.write(job.run(steps, taken))
 
 
 @click.command()
@@ -131,7 +135,8 @@ def prepare_inversion(
 ) -> tuple["Job", "Tensor", "Tensor"]:
     """The job, the picture as an image (1, 3, H, W), and its latents."""
     from minisd.cli.job import Job
-    from minisd.tasks.images import mean_latents, read_picture, to_images
+    from minisd.tasks.images import mean_latents
+    from minisd.tasks.pictures import read_picture, to_images
 
     picture = read_picture(image)
     job = Job.prepare(prompt, options, picture, **extra)
@@ -182,8 +187,8 @@ def interpolate(
     """
     from minisd.cli.job import Job
     from minisd.cli.output import check_no_folder, write_picture
-    from minisd.tasks.images import read_picture
     from minisd.tasks.interpolation import interpolate, make_strip
+    from minisd.tasks.pictures import read_picture
 
     output = options["output"]
     if output is not None and not output.lower().endswith(".gif"):
@@ -205,8 +210,9 @@ def interpolate(
 
 def inverted(job: "Job", prompts: tuple[str, str], ends: list[Any]) -> tuple["Tensor", "Tensor"]:
     """The noise of two pictures."""
-    from minisd.tasks.images import mean_latents, to_images
+    from minisd.tasks.images import mean_latents
     from minisd.tasks.inversion import invert
+    from minisd.tasks.pictures import to_images
 
     images = to_images(ends, *job.size)
     *_, top = job.progress(invert(job.sd, list(prompts), mean_latents(job.sd, images), **job.settings))
