@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from minisd.config import SD15 as SD15
     from minisd.files import CheckpointError as CheckpointError
+    from minisd.finite import NonFiniteWarning as NonFiniteWarning
     from minisd.pipeline import StableDiffusion as StableDiffusion
     from minisd.schedulers import DDIMInverseScheduler as DDIMInverseScheduler
     from minisd.schedulers import DDIMScheduler as DDIMScheduler
@@ -25,6 +26,7 @@ __version__ = "0.2.0"
 
 _HOME = {
     "CheckpointError": "minisd.files",
+    "NonFiniteWarning": "minisd.finite",
     "SD15": "minisd.config",
     "StableDiffusion": "minisd.pipeline",
     "DDIMScheduler": "minisd.schedulers",

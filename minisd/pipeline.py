@@ -26,8 +26,9 @@ from minisd.adapters.loading import Adapters
 from minisd.checkpoint.load import build, open_checkpoint, read_tokenizer, usable_device
 from minisd.checkpoint.save import Model, save
 from minisd.config import ModelConfig
+from minisd.finite import check_finite, watched
 from minisd.noise import Generators, draw_noise
-from minisd.sampling import LoopSettings, Sampling, Step, Texts, matching_prompts
+from minisd.sampling import LoopSettings, Sampling, Step, Texts, check_divisions, matching_prompts, set_steps
 from minisd.schedulers import Scheduler, named
 from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import CLIPTokenizer
@@ -124,6 +125,7 @@ class StableDiffusion:
         start = (chosen.start or 0) * scheduler.order  # `timesteps` has one entry for each model call
         if start:
             scheduler.set_begin_index(start)
+        check_divisions(scheduler, chosen.eta, start)
 
         shape = (len(prompts) * chosen.images_per_prompt, *self.latent_shape(chosen.height, chosen.width))
         x = self.initial_noise(shape, generator, chosen.latents)  # (B, 4, H/8, W/8)
@@ -141,7 +143,7 @@ class StableDiffusion:
                 yield step
                 x = step.latents
 
-        return loop(x)
+        return watched(loop(x))
 
     def encode_prompt(
         self, prompts: Texts, negatives: Texts | None, images_per_prompt: int = 1, clip_skip: int = 0
@@ -190,9 +192,7 @@ class StableDiffusion:
             kind, arguments = named(own or "ddim")
             made = kind.from_config(self.scheduler_config, **({} if scheduler == "model" else arguments))
         if steps is not None:
-            if steps > len(made):  # diffusers counts a scheduler's length in training timesteps
-                raise ValueError(f"steps={steps}: must be at most the schedule's {len(made)}")
-            made.set_timesteps(steps, device=self.device)
+            set_steps(made, steps, self.device)
         return made
 
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
@@ -286,12 +286,18 @@ def rescale_guidance(eps: Tensor, positive: Tensor, amount: float) -> Tensor:
     Strong guidance inflates it, and the image is overexposed (Lin et al. 2023, arXiv:2305.08891, section 3.4).
     """
     dims = tuple(range(1, eps.ndim))
-    rescaled = eps * (positive.std(dim=dims, keepdim=True) / eps.std(dim=dims, keepdim=True))
+    wanted, found = (one.std(dim=dims, keepdim=True) for one in (positive, eps))
+    rescaled = eps * torch.where(found > 0, wanted / found, 1)  # a flat prediction is flat at any scale
     return amount * rescaled + (1 - amount) * eps
 
 
 def to_pictures(images: Tensor) -> list[Image.Image]:
-    """Images (B, 3, H, W) in [-1, 1] -> PIL images; values are rounded to bytes, not truncated."""
+    """Images (B, 3, H, W) in [-1, 1] -> PIL images; values are rounded to bytes, not truncated.
+
+    NaN becomes black, with a `NonFiniteWarning`.
+    """
+    if not check_finite(images, "images out of the VAE"):
+        images = images.nan_to_num(-1.0)
     pixels = (images / 2 + 0.5).clamp(0, 1)
     array = rearrange(pixels, "b c h w -> b h w c").cpu().float().numpy()
     return [Image.fromarray(picture) for picture in (array * 255).round().astype("uint8")]

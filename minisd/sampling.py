@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from minisd.noise import Generators
-from minisd.schedulers import DDIMScheduler, Scheduler, named
+from minisd.schedulers import DDIMScheduler, DDPMScheduler, LCMScheduler, Scheduler, equations, named
+from minisd.schedulers.exponential import ExponentialScheduler
 
 Texts = str | list[str] | Tensor  # a prompt, several, or their token embeddings after the text encoder (B, 77, D)
 PredictNoise = Callable[[Tensor, Tensor, Tensor, float, float], Tensor]  # x, t, context, guidance scale and rescale
@@ -69,7 +70,7 @@ class Sampling:
     `latents`            (B, 4, H/8, W/8), initial noise of unit variance in the place of drawn noise
     `scheduler`          a name of `schedulers/names.py` ("ddim", the default; "euler_a", "DPM++ 2M Karras"), "model"
                          for the one that the model's folder names, or a scheduler object
-    `eta`                0 (DDIM, deterministic) to 1 (as random as DDPM); only "ddim" takes it
+    `eta`                0 (DDIM, deterministic) to 1 (as random as DDPM); only "ddim" takes it, others ignore it as in diffusers
     `images_per_prompt`  how many images to generate of each prompt
     `clip_skip`          how many of the text encoder's last layers to leave out
 
@@ -104,9 +105,7 @@ class Sampling:
             if number is not None and (not isinstance(number, Real) or not 0 <= float(number) < float("inf")):
                 raise ValueError(f"{name}={number}: must be a finite number, at least 0")
         if isinstance(self.scheduler, str) and self.scheduler != "model":
-            kind, _ = named(self.scheduler)
-            if self.eta and kind is not DDIMScheduler:
-                raise ValueError("eta is an option of ddim; ddpm is always as random as eta 1, others have theirs")
+            named(self.scheduler)
         self.make_generator()
         if self.start is not None:
             check_whole("start", self.start, least=0)  # how many steps there are, the model knows
@@ -137,6 +136,42 @@ class Sampling:
             return torch.Generator().manual_seed(self.seed)
         except (TypeError, ValueError, RuntimeError):
             raise ValueError(f"seed={self.seed!r}: must be a whole number of at most 64 bits") from None
+
+
+def set_steps(scheduler: Any, steps: int, device: torch.device) -> None:
+    """Set a scheduler's timesteps. Raises ValueError for a number of steps that its schedule does not have."""
+    total = len(scheduler)  # diffusers counts a scheduler's length in training timesteps
+    if steps > total:
+        raise ValueError(f"steps={steps}: must be at most the schedule's {total}")
+    try:
+        scheduler.set_timesteps(steps, device=device)
+        # Those that work with sigmas read no table at a timestep, and can have one beyond the last.
+        fits = hasattr(scheduler, "sigmas") or int(scheduler.timesteps.max()) < total
+    except IndexError:  # of the table of noise levels
+        fits = False
+    if fits and isinstance(scheduler, ExponentialScheduler):
+        fits = bool((scheduler.sigmas.diff() != 0).all())  # it divides by the width of a step
+    if not fits:
+        spacing = getattr(scheduler, "timestep_spacing", "its")
+        raise ValueError(f"steps={steps}: too many for this scheduler with {spacing} spacing of {total} timesteps")
+
+
+def check_divisions(scheduler: Any, eta: float, start: int) -> None:
+    """Raise ValueError for settings under which a step divides by zero, or takes the root of a negative number."""
+    table = getattr(scheduler, "alphas_cumprod", None)
+    if not isinstance(scheduler, DDIMScheduler | DDPMScheduler | LCMScheduler) or table is None or table[-1] != 0:
+        return
+    for t in scheduler.timesteps[start:].tolist():
+        if scheduler.prediction_type == "epsilon" and table[t] == 0:
+            raise ValueError(
+                f"prediction epsilon with zero terminal SNR: timestep {t} is pure noise, from which no image can be "
+                "predicted; take a model that predicts v, timestep_spacing='leading', or rescale_betas_zero_snr=False"
+            )
+        if isinstance(scheduler, DDIMScheduler) and eta > 0:
+            before = scheduler.alpha_bar(t - len(scheduler) // scheduler.timesteps.numel())
+            variance = (eta * equations.posterior_variance(table[t], before) ** 0.5) ** 2
+            if 1 - before - variance < 0:  # equations.ddim_update takes its root
+                raise ValueError(f"eta={eta}: with zero terminal SNR must be below 1, by rounding; take 0.999")
 
 
 def check_whole(name: str, value: Any, least: int) -> None:

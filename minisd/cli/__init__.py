@@ -11,6 +11,7 @@ import click
 
 import minisd
 from minisd.cli import lora, paint, parity, weights
+from minisd.cli.notes import Notes
 
 
 @click.group(
@@ -33,9 +34,13 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "storage size calcula
 
 
 def main() -> None:
-    """Run the command line; turn every foreseen error into one line and exit status 2."""
+    """Run the command line; turn every foreseen error into one line and exit status 2, every warning into a note.
+
+    Exit status 1, with what was made written: a command says so itself, or a number was not finite.
+    """
     try:
-        status = cli.main(standalone_mode=False)
+        with Notes() as notes:
+            status = cli.main(standalone_mode=False)
     except click.ClickException as error:
         fail(error.format_message())
     except click.Abort:
@@ -46,7 +51,7 @@ def main() -> None:
         if not any(words in str(error).lower() for words in OUT_OF_MEMORY):
             raise
         fail(f"not enough memory: {error}; try a smaller --size, fewer --images or --dtype bfloat16")
-    sys.exit(status if isinstance(status, int) else 0)
+    sys.exit(status if isinstance(status, int) and status else notes.status)
 
 
 def fail(message: str) -> None:

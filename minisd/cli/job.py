@@ -4,7 +4,6 @@ import os
 import secrets
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from minisd.cli.options import text_and_number
 from minisd.cli.output import Paths, check_folder, make_grid, parameters, plan_paths, report, write_png
 from minisd.pipeline import StableDiffusion, to_pictures
 from minisd.sampling import Sampling, Step
+from minisd.schedulers import DDIMScheduler, named
 from minisd.tasks.images import finished, fitting_size
 
 SomeStep = TypeVar("SomeStep", bound=Step)
@@ -53,6 +53,7 @@ class Job:
         if options.get("steps_dir") is not None:
             check_folder(Path(options["steps_dir"]))
         sampling = Sampling(**{name: value for name, value in options.items() if name in OWN - {"seed"}})
+        check_eta(sampling)
         sd = load(options)
         extra |= load_adapters(sd, options["loras"], options["embeddings"])
         size = options["size"]
@@ -131,6 +132,13 @@ class Job:
         report(written, files | told | self.extra | found | seconds, self.options["as_json"])
 
 
+def check_eta(sampling: Sampling) -> None:
+    """Raise ValueError for an eta that the scheduler would ignore."""
+    name = sampling.scheduler
+    if sampling.eta and isinstance(name, str) and name != "model" and named(name)[0] is not DDIMScheduler:
+        raise ValueError("eta is an option of ddim; ddpm is always as random as eta 1, others have theirs")
+
+
 def load(options: Mapping[str, Any]) -> StableDiffusion:
     """Load the model; float32 on a CPU and float16 on an accelerator unless asked otherwise."""
     device, dtype = options["device"], options["dtype"]
@@ -140,12 +148,7 @@ def load(options: Mapping[str, Any]) -> StableDiffusion:
     if dtype == "auto":
         dtype = "float32" if device.startswith("cpu") else "float16"
     given = {name: options[name] for name in ("weights", "vae", "prediction")}
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        sd = StableDiffusion.load(options["model"], dtype=getattr(torch, dtype), device=device, **given)
-    for warning in caught:
-        print(f"note: {warning.message}", file=sys.stderr)
-    return sd
+    return StableDiffusion.load(options["model"], dtype=getattr(torch, dtype), device=device, **given)
 
 
 def load_adapters(sd: StableDiffusion, loras: tuple[str, ...], embeddings: tuple[str, ...]) -> dict[str, str]:

@@ -31,11 +31,9 @@ def generate(prompt: str, check: bool, **options: Any) -> None:
 
 def run_checked(job: "Job") -> None:
     """Generate, and say where the first value is that is not finite, and how large values get."""
-    import numpy as np
-
     from minisd.lab.finite import nan_tracer
 
-    with nan_tracer(job.sd) as trace, np.errstate(invalid="ignore"):  # NaN becomes some byte
+    with nan_tracer(job.sd) as trace:
         pictures = job.run(job.sd.denoise(job.prompt, job.sampling))
     if not job.options["as_json"]:
         click.echo("\n".join(trace.lines()), err=True)

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from minisd.finite import check_finite
 from minisd.noise import Generators
 from minisd.pipeline import StableDiffusion, to_pictures
 from minisd.sampling import Step
@@ -48,13 +49,16 @@ def encode_pictures(sd: StableDiffusion, images: Tensor, count: int, generator: 
     else:
         gaussians = [sd.vae.encode(image) for image in images.split(1)]
         latents = torch.cat([gaussians[i // copies].sample(own) for i, own in enumerate(generator)])
+    check_finite(latents, "latents out of the VAE's encoder", stacklevel=3)
     return sd.vae.scaling_factor * latents
 
 
 @torch.no_grad()
 def mean_latents(sd: StableDiffusion, images: Tensor) -> Tensor:
     """Images (n, 3, H, W) -> scaled latents (n, 4, H/8, W/8), nothing drawn: the middle of the VAE's Gaussian."""
-    return sd.vae.scaling_factor * sd.vae.encode(images.to(sd.device, sd.dtype)).mode()
+    latents = sd.vae.encode(images.to(sd.device, sd.dtype)).mode()
+    check_finite(latents, "latents out of the VAE's encoder", stacklevel=3)
+    return sd.vae.scaling_factor * latents
 
 
 def size_of(sd: StableDiffusion, latents: Tensor) -> tuple[int, int]:

@@ -543,3 +543,19 @@ def test_a_bug_is_not_hidden(minisd_, monkeypatch):
 def test_the_tiny_model_is_tiny(models):
     """So that this file stays quick."""
     assert sum(tensor.numel() for tensor in load_file(models / "tiny.safetensors").values()) < 3_000_000
+
+
+def test_numbers_that_are_not_finite(minisd_, models, tmp_path):
+    """One line that says where, status 1, and the picture is written all the same."""
+    sd = tiny_model()
+    sd.unet.conv_out.bias.data[0] = float("nan")
+    sd.save(models / "nan")
+    result = minisd_("generate", "x", "-s", "1", "--images", "2", "--steps-dir", "steps", "-o", "x.png", model="nan")
+    assert result.status == 1 and result.stdout.splitlines()[-1] == "x.png" and Path("x.png").exists()
+    assert re.fullmatch(r"warning: latents of step 1 .*--check.*bfloat16 and float32.*\n", result.stderr)
+    sd = tiny_model()
+    sd.vae.decoder.conv_in.weight.data *= 1e30
+    sd.save(models / "large")
+    result = minisd_("generate", "x", "-s", "1", "-o", "y.png", model="large")
+    assert result.status == 1 and Path("y.png").exists()
+    assert re.fullmatch(r"warning: images out of the VAE: NaN.*\n", result.stderr)
