@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from minisd.config import SD15 as SD15
     from minisd.files import CheckpointError as CheckpointError
-    from minisd.finite import NonFiniteWarning as NonFiniteWarning
     from minisd.pipeline import StableDiffusion as StableDiffusion
     from minisd.schedulers import DDIMInverseScheduler as DDIMInverseScheduler
     from minisd.schedulers import DDIMScheduler as DDIMScheduler
     from minisd.schedulers import DDPMScheduler as DDPMScheduler
+    from minisd.warn import NonFiniteWarning as NonFiniteWarning
 
 __version__ = "0.2.0"
 
 _HOME = {
     "CheckpointError": "minisd.files",
-    "NonFiniteWarning": "minisd.finite",
+    "NonFiniteWarning": "minisd.warn",
     "SD15": "minisd.config",
     "StableDiffusion": "minisd.pipeline",
     "DDIMScheduler": "minisd.schedulers",

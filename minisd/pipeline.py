@@ -12,7 +12,6 @@ Read on in this order: `sampling.py` (every setting), `tokenizer.py`, `text_enco
 """
 
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -26,7 +25,7 @@ from minisd.adapters.loading import Adapters
 from minisd.checkpoint.load import build, open_checkpoint, read_tokenizer, usable_device
 from minisd.checkpoint.save import Model, save
 from minisd.config import ModelConfig
-from minisd.finite import check_finite, watched
+from minisd.context import encode, same_length
 from minisd.noise import Generators, draw_noise
 from minisd.sampling import LoopSettings, Sampling, Step, Texts, check_divisions, matching_prompts, set_steps
 from minisd.schedulers import Scheduler, named
@@ -34,6 +33,7 @@ from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import CLIPTokenizer
 from minisd.unet import UNet
 from minisd.vae import VAE
+from minisd.warn import check_finite, warn, watched
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -88,7 +88,7 @@ class StableDiffusion:
         device = usable_device(device)
         checkpoint = open_checkpoint(source, dtype=dtype, weights=weights, vae=vae, prediction=prediction)
         for note in checkpoint.notes:
-            warnings.warn(note, stacklevel=2)
+            warn(note)
         parts, own_tokenizer = checkpoint.components, read_tokenizer(checkpoint, tokenizer)
         return cls(
             build(TextEncoder, parts["text_encoder"], dtype, device),
@@ -132,7 +132,8 @@ class StableDiffusion:
         if chosen.start is None:  # unit variance -> that of the first timestep; with `start`, latents are there already
             x = x * scheduler.init_noise_sigma
         unconditional = negatives if scale > 1 else None
-        context = self.encode_prompt(prompts, unconditional, chosen.images_per_prompt, chosen.clip_skip)
+        copies, skip = chosen.images_per_prompt, chosen.clip_skip
+        context = self.encode_prompt(prompts, unconditional, copies, skip, chosen.long_prompts)
 
         @torch.no_grad()
         def loop(x: Tensor) -> Iterator[Step]:
@@ -146,34 +147,29 @@ class StableDiffusion:
         return watched(loop(x))
 
     def encode_prompt(
-        self, prompts: Texts, negatives: Texts | None, images_per_prompt: int = 1, clip_skip: int = 0
+        self,
+        prompts: Texts,
+        negatives: Texts | None,
+        images_per_prompt: int = 1,
+        clip_skip: int = 0,
+        long_prompts: bool = False,
     ) -> Tensor:
         """Prompts -> context (B, 77, D), or (2B, 77, D) with `negatives` first: the batch of classifier-free guidance.
 
         Each prompt is repeated `images_per_prompt` times in a row. As in diffusers, `clip_skip` is not for negatives.
-        What is context already stays as it is.
+        What is context already stays as it is. `long_prompts`: (B, 77 n, D), see `context.py`.
         """
-
-        def encode(texts: Texts, clip_skip: int = 0) -> Tensor:
-            if isinstance(texts, Tensor):
-                context = texts.to(self.device)
-            else:
-                ids = self.tokenizer([texts] if isinstance(texts, str) else texts)  # (B, 77)
-                context = self.text_encoder(ids.to(self.device), clip_skip=clip_skip)  # (B, 77, D)
-            return context.repeat_interleave(images_per_prompt, dim=0)
-
-        context = encode(prompts, clip_skip)
-        return context if negatives is None else torch.cat([encode(negatives), context])
+        contexts = [encode(self, prompts, clip_skip, long_prompts)]
+        if negatives is not None:
+            contexts.insert(0, encode(self, negatives, 0, long_prompts))
+        contexts = same_length(self, contexts)
+        return torch.cat([context.repeat_interleave(images_per_prompt, dim=0) for context in contexts])
 
     def predict_noise(
         self, x: Tensor, t: Tensor, context: Tensor, guidance_scale: float, guidance_rescale: float = 0.0
     ) -> Tensor:
         """The UNet's noise prediction (or v); for guidance the unconditional and the conditional half in one batch."""
-        if x.shape[1] != self.unet.config.in_channels:
-            raise ValueError(
-                f"this UNet takes {self.unet.config.in_channels} channels, not {x.shape[1]} (an inpainting model?): "
-                "it cannot make a picture from text alone"
-            )
+        check_channels(self, x)
         if guidance_scale <= 1:
             return self.unet(x, t, context)
         negative, positive = self.unet(torch.cat([x, x]), t, context).chunk(2)
@@ -271,6 +267,15 @@ class StableDiffusion:
         from minisd.lab.taps import Taps
 
         return Taps(self, *patterns, **settings)
+
+
+def check_channels(sd: StableDiffusion, x: Tensor) -> None:
+    """Raise ValueError for latents (B, C, H, W) of other channels than the UNet takes."""
+    if x.shape[1] != sd.unet.config.in_channels:
+        raise ValueError(
+            f"this UNet takes {sd.unet.config.in_channels} channels, not {x.shape[1]} (an inpainting model?): "
+            "it cannot make a picture from text alone"
+        )
 
 
 def guide(negative: Tensor, positive: Tensor, scale: float, rescale: float = 0.0) -> Tensor:

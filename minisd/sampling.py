@@ -15,9 +15,13 @@ from torch import Tensor
 from minisd.noise import Generators
 from minisd.schedulers import DDIMScheduler, DDPMScheduler, LCMScheduler, Scheduler, equations, named
 from minisd.schedulers.exponential import ExponentialScheduler
+from minisd.warn import warn
 
 Texts = str | list[str] | Tensor  # a prompt, several, or their token embeddings after the text encoder (B, 77, D)
 PredictNoise = Callable[[Tensor, Tensor, Tensor, float, float], Tensor]  # x, t, context, guidance scale and rescale
+
+
+SEEDS = 2**32
 
 
 @dataclass
@@ -45,6 +49,7 @@ class Settings(TypedDict, total=False):
     eta: float
     images_per_prompt: int
     clip_skip: int
+    long_prompts: bool
     predict_noise: PredictNoise | None
 
 
@@ -70,9 +75,10 @@ class Sampling:
     `latents`            (B, 4, H/8, W/8), initial noise of unit variance in the place of drawn noise
     `scheduler`          a name of `schedulers/names.py` ("ddim", the default; "euler_a", "DPM++ 2M Karras"), "model"
                          for the one that the model's folder names, or a scheduler object
-    `eta`                0 (DDIM, deterministic) to 1 (as random as DDPM); only "ddim" takes it, others ignore it as in diffusers
+    `eta`                0 (DDIM, deterministic) to 1 (as random as DDPM); others than DDIM ignore it
     `images_per_prompt`  how many images to generate of each prompt
     `clip_skip`          how many of the text encoder's last layers to leave out
+    `long_prompts`       encode prompts of more than 75 tokens in windows of 75 (`context.py`), instead of cutting them
 
     Two openings serve the tasks: `start`, the index of the first of `steps` to take, for `latents` that are already at
     the noise level of that step; and `predict_noise`, in the place of `StableDiffusion.predict_noise`.
@@ -91,6 +97,7 @@ class Sampling:
     eta: float = 0.0
     images_per_prompt: int = 1
     clip_skip: int = 0
+    long_prompts: bool = False
     start: int | None = None
     predict_noise: PredictNoise | None = None
 
@@ -107,6 +114,8 @@ class Sampling:
         if isinstance(self.scheduler, str) and self.scheduler != "model":
             named(self.scheduler)
         self.make_generator()
+        if self.seed is not None:
+            tell_seed(self.seed)
         if self.start is not None:
             check_whole("start", self.start, least=0)  # how many steps there are, the model knows
 
@@ -172,6 +181,12 @@ def check_divisions(scheduler: Any, eta: float, start: int) -> None:
             variance = (eta * equations.posterior_variance(table[t], before) ** 0.5) ** 2
             if 1 - before - variance < 0:  # equations.ddim_update takes its root
                 raise ValueError(f"eta={eta}: with zero terminal SNR must be below 1, by rounding; take 0.999")
+
+
+def tell_seed(seed: int) -> None:
+    """Warn of a seed that is another's equal: torch's generator on a CPU keeps 32 bits of it."""
+    if not 0 <= seed < SEEDS:
+        warn(f"seed={seed}: draws the same numbers as seed={seed % SEEDS}; there are 2**32 seeds")
 
 
 def check_whole(name: str, value: Any, least: int) -> None:

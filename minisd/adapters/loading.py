@@ -5,11 +5,12 @@ done in `lora.py` and `textual_inversion.py`, which are imported when they are f
 """
 
 import os
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+from minisd.warn import warn
 
 if TYPE_CHECKING:
     from minisd.adapters.lora import Loaded, LoRA
@@ -49,7 +50,7 @@ class Adapters:
             raise
         self.loras.append(loaded)
         if note := lora.note():
-            warnings.warn(note, stacklevel=3)
+            warn(note)
         return lora
 
     def unload_lora(self, path: str | os.PathLike[str] | None = None) -> None:

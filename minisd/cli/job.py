@@ -1,6 +1,5 @@
 """A painting command at work: its options -> a model and a `Sampling`; the steps -> files and what is said of them."""
 
-import os
 import secrets
 import sys
 import time
@@ -13,10 +12,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from minisd.cli.options import text_and_number
+from minisd.cli.options import path_and_number, path_and_token
 from minisd.cli.output import Paths, check_folder, make_grid, parameters, plan_paths, report, write_png
 from minisd.pipeline import StableDiffusion, to_pictures
-from minisd.sampling import Sampling, Step
+from minisd.sampling import Sampling, Step, tell_seed
 from minisd.schedulers import DDIMScheduler, named
 from minisd.tasks.images import finished, fitting_size
 
@@ -55,12 +54,15 @@ class Job:
         sampling = Sampling(**{name: value for name, value in options.items() if name in OWN - {"seed"}})
         check_eta(sampling)
         sd = load(options)
+        extra |= {"long_prompts": True} if sampling.long_prompts else {}
         extra |= load_adapters(sd, options["loras"], options["embeddings"])
         size = options["size"]
         height, width = reversed(size) if size else fitting_size(sd, picture) if picture else (None, None)
         _, *latent_size = sd.latent_shape(height, width)
         height, width = (side * sd.vae.config.downsampling for side in latent_size)
         steps, scale = sampling.steps_and_scale(sd.generation)
+        for last in {seed, seed + images - 1}:
+            tell_seed(last)
         generators = [torch.Generator().manual_seed(seed + offset) for offset in range(images)]
         sampling = replace(
             sampling, steps=steps, guidance_scale=scale, height=height, width=width, generator=generators
@@ -154,11 +156,10 @@ def load(options: Mapping[str, Any]) -> StableDiffusion:
 def load_adapters(sd: StableDiffusion, loras: tuple[str, ...], embeddings: tuple[str, ...]) -> dict[str, str]:
     """Load PATH[:SCALE] LoRAs and PATH[:TOKEN] embeddings; returns what belongs among a picture's settings."""
     for lora in loras:
-        sd.load_lora(*text_and_number(lora))
+        for word in sd.load_lora(*path_and_number(lora)).words:
+            print(f"{lora}: has a token for prompts: {word}", file=sys.stderr)
     for embedding in embeddings:
-        path, _, token = embedding.rpartition(":")
-        named = path and not os.path.exists(os.path.expanduser(embedding))
-        words = sd.load_embedding(path, token) if named else sd.load_embedding(embedding)
+        words = sd.load_embedding(*path_and_token(embedding))
         print(f"{embedding}: in prompts as {', '.join(words)}", file=sys.stderr)
     told = {"lora": loras, "embedding": embeddings}
     return {name: ", ".join(given) for name, given in told.items() if given}

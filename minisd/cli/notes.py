@@ -5,11 +5,11 @@ import warnings
 from typing import Any
 
 from minisd.files import shown
-from minisd.finite import NonFiniteWarning
+from minisd.warn import NonFiniteWarning
 
 
 class Notes:
-    """A context in which warnings become notes. `status` is 1 once a number was not finite: see `minisd.finite`."""
+    """A context in which warnings become notes. `status` is 1 once a number was not finite: see `minisd.warn`."""
 
     def __init__(self) -> None:
         self.status = 0

@@ -3,6 +3,7 @@
 An option's parameter has the name that the setting has in `minisd.sampling.Sampling`, wherever it is one.
 """
 
+import os
 import re
 from typing import Any
 
@@ -110,6 +111,9 @@ OPTIONS: dict[str, Any] = {
         default=True,
         help="Put PICTURE's own pixels back outside the mask, or let all go through the VAE.  [default: keep]",
     ),
+    "long-prompts": click.option(
+        "--long-prompts", is_flag=True, help="Read prompts of more than 75 tokens whole, in windows of 75."
+    ),
     "plain": click.option("--plain", is_flag=True, help="Plain DDIM inversion: one UNet call a step, not exact."),
     "check": click.option("--check", is_flag=True, help="Say where the first NaN is, and how large values get."),
     "start": click.option(
@@ -119,10 +123,13 @@ OPTIONS: dict[str, Any] = {
 MODEL = ("model", "vae", "weights", "prediction", "lora", "embedding")
 RUN = ("device", "dtype")
 REPORT = ("json", "quiet")
-INVERSION = ("output", *MODEL, "negative", "steps", "guidance", "guidance-rescale", "size", "clip-skip", *RUN, *REPORT)
+INVERSION = (
+    *("output", *MODEL, "negative", "steps", "guidance", "guidance-rescale", "size", "clip-skip", "long-prompts"),
+    *(*RUN, *REPORT),
+)
 GENERATION = (
     *("output", *MODEL, "negative", "seed", "steps", "guidance", "guidance-rescale", "size", "scheduler", "eta"),
-    *("images", "clip-skip", *RUN, "steps-dir", *REPORT),
+    *("images", "clip-skip", "long-prompts", *RUN, "steps-dir", *REPORT),
 )
 
 
@@ -135,6 +142,19 @@ def options(*names: str) -> Any:
         return command
 
     return decorate
+
+
+def path_and_number(text: str) -> tuple[str, float]:
+    """ "style.safetensors:0.8" -> the path and 0.8; a path that is there is taken whole."""
+    return (text, 1.0) if os.path.exists(os.path.expanduser(text)) else text_and_number(text)
+
+
+def path_and_token(text: str) -> tuple[str, str | None]:
+    """ "thing.safetensors:<thing>" -> the path and the token. What is there, a drive's colon and folders are a path."""
+    path, _, token = text.rpartition(":")
+    drive = len(path) == 1 and path.isalpha()
+    whole = not path or drive or "/" in token or "\\" in token or os.path.exists(os.path.expanduser(text))
+    return (text, None) if whole else (path, token)
 
 
 def text_and_number(text: str) -> tuple[str, float]:

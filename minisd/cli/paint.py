@@ -221,9 +221,12 @@ def drawn(job: "Job", to_seed: int | None) -> tuple["Tensor", "Tensor"]:
     """The noise of two seeds."""
     import torch
 
+    from minisd.sampling import tell_seed
+
     seeds = job.seed, job.seed + 1 if to_seed is None else to_seed
     job.extra["to_seed"] = seeds[1]
     shape = (1, *job.sd.latent_shape(*job.size))
+    tell_seed(seeds[1])
     one, other = (job.sd.initial_noise(shape, torch.Generator().manual_seed(seed), None) for seed in seeds)
     return one, other
 
@@ -252,12 +255,14 @@ def guide(
     extra |= {"and": "; ".join(others), "prompt_weight": weight} if others else {}
     extra |= {"colour": colour, "colour_scale": colour_scale} if colour is not None else {}
     job = Job.prepare(prompt, options, **extra)
-    sd, settings = job.sd, job.settings
+    sd, settings, long_prompts = job.sd, job.settings, job.sampling.long_prompts
 
     def read(text: str) -> Any:
-        return weighted_context(sd, text, job.sampling.clip_skip) if weighted else text
+        return weighted_context(sd, text, job.sampling.clip_skip, long_prompts) if weighted else text
 
-    predict_noise = compose(sd, [(read(text), w) for text, w in several], weight) if several else sd.predict_noise
+    predict_noise: Any = sd.predict_noise
+    if several:
+        predict_noise = compose(sd, [(read(text), share) for text, share in several], weight, long_prompts)
     if loss is not None:
         scheduler = job.sampling.scheduler
         predict_noise = LossGuidance(sd, loss, scale=colour_scale, scheduler=scheduler, predict_noise=predict_noise)

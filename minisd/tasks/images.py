@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from minisd.finite import check_finite
 from minisd.noise import Generators
 from minisd.pipeline import StableDiffusion, to_pictures
 from minisd.sampling import Step
+from minisd.warn import check_finite
 
 
 def fitting_size(
@@ -49,7 +49,7 @@ def encode_pictures(sd: StableDiffusion, images: Tensor, count: int, generator: 
     else:
         gaussians = [sd.vae.encode(image) for image in images.split(1)]
         latents = torch.cat([gaussians[i // copies].sample(own) for i, own in enumerate(generator)])
-    check_finite(latents, "latents out of the VAE's encoder", stacklevel=3)
+    check_finite(latents, "latents out of the VAE's encoder")
     return sd.vae.scaling_factor * latents
 
 
@@ -57,7 +57,7 @@ def encode_pictures(sd: StableDiffusion, images: Tensor, count: int, generator: 
 def mean_latents(sd: StableDiffusion, images: Tensor) -> Tensor:
     """Images (n, 3, H, W) -> scaled latents (n, 4, H/8, W/8), nothing drawn: the middle of the VAE's Gaussian."""
     latents = sd.vae.encode(images.to(sd.device, sd.dtype)).mode()
-    check_finite(latents, "latents out of the VAE's encoder", stacklevel=3)
+    check_finite(latents, "latents out of the VAE's encoder")
     return sd.vae.scaling_factor * latents
 
 

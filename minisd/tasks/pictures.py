@@ -5,7 +5,6 @@ commands and the tasks read every picture here; `images.py` goes on from what co
 """
 
 import os
-import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -13,6 +12,8 @@ import torch
 from einops import rearrange
 from PIL import Image, ImageOps
 from torch import Tensor
+
+from minisd.warn import warn
 
 Pictures = Image.Image | Sequence[Image.Image]
 
@@ -47,7 +48,7 @@ def read(path: str | os.PathLike[str], convert: Callable[[Image.Image], Image.Im
         reason = unread(path) if isinstance(error, Image.UnidentifiedImageError) else f" ({error})"
         raise ValueError(f"{path}: is not a picture that can be read{reason}") from None
     if frames > 1:
-        warnings.warn(f"{path}: has {frames} frames, of which the first is used", stacklevel=3)
+        warn(f"{path}: has {frames} frames, of which the first is used")
     return picture
 
 

@@ -559,3 +559,39 @@ def test_numbers_that_are_not_finite(minisd_, models, tmp_path):
     result = minisd_("generate", "x", "-s", "1", "-o", "y.png", model="large")
     assert result.status == 1 and Path("y.png").exists()
     assert re.fullmatch(r"warning: images out of the VAE: NaN.*\n", result.stderr)
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "token"),
+    (
+        (r"C:\emb\thing.safetensors", r"C:\emb\thing.safetensors", None),
+        (r"C:\emb\thing.safetensors:<x>", r"C:\emb\thing.safetensors", "<x>"),
+        ("C:/emb/thing.safetensors", "C:/emb/thing.safetensors", None),
+        ("C:thing.safetensors", "C:thing.safetensors", None),
+        ("a:b/thing.safetensors", "a:b/thing.safetensors", None),
+        ("thing.safetensors:word", "thing.safetensors", "word"),
+        ("thing.safetensors", "thing.safetensors", None),
+    ),
+)
+def test_paths_with_colons(text, path, token):
+    from minisd.cli.options import path_and_number, path_and_token
+
+    assert path_and_token(text) == (path, token)
+    assert path_and_number(f"{path}:0.5") == (path, 0.5) and path_and_number(path) == (path, 1.0)
+
+
+def test_an_adapter_that_is_not_there_is_named_whole(minisd_):
+    for option in ("--embedding", "--lora"):
+        result = minisd_("generate", "x", option, r"C:\emb\thing.safetensors")
+        assert result.status == 2 and r"C:\emb\thing.safetensors: no such file" in result.stderr
+
+
+def test_notes_about_prompts_and_seeds(minisd_):
+    result = minisd_("generate", "a " * 80, "-s", str(2**32 + 1), "-o", "x.png")
+    notes = result.stderr.splitlines()
+    assert result.status == 0 and len(notes) == 2 and notes[0].startswith("note: seed=4294967297: draws the same")
+    assert re.match("note: the prompt has 80 tokens.*cut off: 'a a a a a'.*--long-prompts", notes[1])
+    result = minisd_("generate", "a " * 80, "-s", "1", "-o", "y.png", "--long-prompts")
+    assert (result.status, result.stderr) == (0, "")
+    text = Image.open("y.png").text["parameters"]
+    assert text.startswith("a " * 79) and "Long prompts: True" in text
