@@ -158,6 +158,8 @@ def set_steps(scheduler: Any, steps: int, device: torch.device) -> None:
         fits = hasattr(scheduler, "sigmas") or int(scheduler.timesteps.max()) < total
     except IndexError:  # of the table of noise levels
         fits = False
+    except ValueError as error:  # in diffusers' name of the argument
+        raise ValueError(str(error).replace("num_inference_steps", "steps")) from None
     if fits and isinstance(scheduler, ExponentialScheduler):
         fits = bool((scheduler.sigmas.diff() != 0).all())  # it divides by the width of a step
     if not fits:

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from minisd.warn import warn
-
 if TYPE_CHECKING:
     from minisd.adapters.lora import Loaded, LoRA
     from minisd.adapters.textual_inversion import Plain
@@ -39,6 +37,7 @@ class Adapters:
         for a scale that is no number; the model is as before then.
         """
         from minisd.adapters.lora import attach, open_lora
+        from minisd.warn import warn
 
         model = self.model
         lora = open_lora(path, model.config)

@@ -1,5 +1,6 @@
 """A painting command at work: its options -> a model and a `Sampling`; the steps -> files and what is said of them."""
 
+import math
 import secrets
 import sys
 import time
@@ -8,16 +9,20 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import click
 import torch
+from click.core import ParameterSource
 from PIL import Image
 from tqdm import tqdm
 
 from minisd.cli.options import path_and_number, path_and_token
 from minisd.cli.output import Paths, check_folder, make_grid, parameters, plan_paths, report, write_png
+from minisd.files import shown
 from minisd.pipeline import StableDiffusion, to_pictures
 from minisd.sampling import Sampling, Step, tell_seed
 from minisd.schedulers import DDIMScheduler, named
 from minisd.tasks.images import finished, fitting_size
+from minisd.warn import warn
 
 SomeStep = TypeVar("SomeStep", bound=Step)
 OWN = {field.name for field in fields(Sampling)}
@@ -57,9 +62,11 @@ class Job:
         extra |= {"long_prompts": True} if sampling.long_prompts else {}
         extra |= load_adapters(sd, options["loras"], options["embeddings"])
         size = options["size"]
-        height, width = reversed(size) if size else fitting_size(sd, picture) if picture else (None, None)
+        height, width = reversed(size) if size else near_size(sd, picture) if picture else (None, None)
         _, *latent_size = sd.latent_shape(height, width)
         height, width = (side * sd.vae.config.downsampling for side in latent_size)
+        tell_size(sd, size)
+        tell_scheduler(sd, options.get("scheduler"))
         steps, scale = sampling.steps_and_scale(sd.generation)
         for last in {seed, seed + images - 1}:
             tell_seed(last)
@@ -132,6 +139,39 @@ class Job:
         written = [*paths.images, *([paths.grid] if paths.grid else []), *([last] if last else [])]
         seconds = {"seconds": round(time.perf_counter() - self.started, 2)}
         report(written, files | told | self.extra | found | seconds, self.options["as_json"])
+
+
+def near_size(sd: StableDiffusion, picture: Image.Image) -> tuple[int, int]:
+    """Height and width for a picture: its own, or, twice the model's own and more or half of it and less, the model's.
+
+    A UNet generates well near the size that it was trained at only, and the time grows with the fourth power.
+    """
+    own, (width, height) = sd.unet.config.sample_size * sd.vae.config.downsampling, picture.size
+    share = own / math.sqrt(width * height)
+    if 0.5 < share < 2:
+        return fitting_size(sd, picture)
+    factor = sd.vae.config.downsampling
+    height, width = (max(factor, round(side * share / factor) * factor) for side in (height, width))
+    warn(
+        f"the picture has {picture.width}x{picture.height} pixels, the model was made for {own}x{own}: "
+        f"it is brought to {width}x{height} (--size {picture.width}x{picture.height} keeps it)"
+    )
+    return height, width
+
+
+def tell_size(sd: StableDiffusion, size: tuple[int, int] | None) -> None:
+    """Warn of a size, width and height, that the model was not made for."""
+    own = sd.unet.config.sample_size * sd.vae.config.downsampling
+    if size and not 0.5 < own / math.sqrt(max(1, size[0] * size[1])) < 2:
+        warn(f"--size {size[0]}x{size[1]}: the model was made for {own}x{own}; far from it, images lose their form")
+
+
+def tell_scheduler(sd: StableDiffusion, scheduler: str | None) -> None:
+    """Warn, where nobody chose the scheduler, that the model's folder names another."""
+    context, own = click.get_current_context(silent=True), sd.scheduler_config.get("_class_name")
+    chosen = context is None or context.get_parameter_source("scheduler") is not ParameterSource.DEFAULT
+    if scheduler == "ddim" and not chosen and own not in (None, "DDIMScheduler"):
+        warn(f"the model's own scheduler is {shown(own)}; ddim is used (--scheduler model takes its own)")
 
 
 def check_eta(sampling: Sampling) -> None:

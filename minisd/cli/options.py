@@ -28,6 +28,7 @@ OPTIONS: dict[str, Any] = {
     "output": click.option(
         "-o", "--output", metavar="FILE.png", help="Where to write. [default: named after prompt and seed]"
     ),
+    "picture-output": click.option("-o", "--output", metavar="FILE.png", help="Draw it there. [default: as text]"),
     "gif": click.option("-o", "--output", metavar="FILE.gif", help="[default: named after prompt and seed]"),
     "model": click.option(
         "-m", "--model", default="emoji", show_default=True, help="emoji, sd15, a folder, a file, or a hub id."
@@ -120,6 +121,34 @@ OPTIONS: dict[str, Any] = {
         "--start", type=click.IntRange(0), help="Invert to this step, 0 is noise. [default: a fifth of the steps]"
     ),
 }
+# What the same options are called by other programs; `--help` has one name.
+ALIASES = {
+    "--negative-prompt": "--negative",
+    "--guidance-scale": "--guidance",
+    "--cfg": "--guidance",
+    "--cfg-scale": "--guidance",
+    "--num-images": "--images",
+    "--color": "--colour",
+    "--color-scale": "--colour-scale",
+    "--num-inference-steps": "--steps",
+    "--sampler": "--scheduler",
+}
+
+
+class Painting(click.Command):
+    """A command that knows `ALIASES` of its options."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        own = {name for parameter in self.params for name in parameter.opts}
+        known = {alias: name for alias, name in ALIASES.items() if name in own}
+        end = args.index("--") if "--" in args else len(args)
+        for place, text in enumerate(args[:end]):
+            name, equals, value = text.partition("=")
+            if name in known:
+                args[place] = known[name] + equals + value
+        return super().parse_args(ctx, args)
+
+
 MODEL = ("model", "vae", "weights", "prediction", "lora", "embedding")
 RUN = ("device", "dtype")
 REPORT = ("json", "quiet")

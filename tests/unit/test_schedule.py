@@ -126,9 +126,7 @@ def test_zero_terminal_snr_with_epsilon_is_told(tensors, tmp_path):
 def test_saved_models_say_what_they_are(tmp_path):
     """The metadata that other programs look for."""
     sd = tiny_model()
-    sd.config = sd.config.__class__(
-        **{**vars(sd.config), "scheduler": {**sd.config.scheduler, "prediction_type": "v_prediction"}}
-    )
+    sd.scheduler_config["prediction_type"] = "v_prediction"
     sd.save(tmp_path / "mine.safetensors", layout="compvis")
     metadata = inspect(tmp_path / "mine.safetensors").metadata
     assert {name: text for name, text in metadata.items() if name.startswith("modelspec.")} == {
