@@ -8,7 +8,7 @@ from PIL import Image
 from minisd.tasks import read_mask, read_picture, to_images
 from minisd.tasks.pictures import as_mask, as_picture
 
-RAMP = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+RAMP = np.linspace(0, 65000, 256).astype(np.uint16).reshape(16, 16)
 STROKE = (4, 4, 8, 8)
 
 
@@ -33,7 +33,7 @@ def test_more_than_eight_bits_are_scaled(tmp_path, values, ending):
     wanted = (RAMP / 257).round().astype(int)
     for found in (read_picture(path), as_picture(Image.open(path)), read_mask(path)):
         assert abs(grey(found) - wanted).max() <= 1
-    assert abs(to_images([Image.open(path)], 16, 16).mean()) < 0.01
+    assert abs(to_images([Image.open(path)], 16, 16).mean()) < 0.02
 
 
 @pytest.mark.parametrize("values", [[-1.0, 1.0], [0.0, 1e6], [0.0, np.nan]])
