@@ -28,11 +28,13 @@ if TYPE_CHECKING:
     from minisd.schedulers import LMSDiscreteScheduler as LMSDiscreteScheduler
     from minisd.schedulers import PNDMScheduler as PNDMScheduler
     from minisd.schedulers import UniPCMultistepScheduler as UniPCMultistepScheduler
+    from minisd.warn import NonFiniteWarning as NonFiniteWarning
 
 __version__ = "0.2.0"
 
 _HOME = {
     "CheckpointError": "minisd.files",
+    "NonFiniteWarning": "minisd.warn",
     "SD15": "minisd.config",
     "StableDiffusion": "minisd.pipeline",
     **dict.fromkeys(

@@ -5,7 +5,6 @@ schedule. Next in the walk: `checkpoint/keymap.py`, how weight files become thes
 """
 
 import os
-import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from minisd.text_encoder import TextEncoder
 from minisd.tokenizer import CLIPTokenizer
 from minisd.unet import UNet
 from minisd.vae import VAE
+from minisd.warn import warn
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -74,7 +74,7 @@ class LatentDiffusionModel:
         device = usable_device(device)
         checkpoint = open_checkpoint(source, dtype=dtype, weights=weights, vae=vae, prediction=prediction)
         for note in checkpoint.notes:
-            warnings.warn(note, stacklevel=2)
+            warn(note)
         parts, own_tokenizer = checkpoint.components, read_tokenizer(checkpoint, tokenizer)
         return cls(
             build(TextEncoder, parts["text_encoder"], dtype, device),

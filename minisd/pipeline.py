@@ -21,10 +21,12 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from minisd.context import encode, same_length
 from minisd.model import LatentDiffusionModel
 from minisd.noise import Generators, draw_noise
-from minisd.sampling import LoopSettings, Sampling, Step, Texts, matching_prompts
+from minisd.sampling import LoopSettings, Sampling, Step, Texts, check_divisions, matching_prompts, set_steps
 from minisd.schedulers import Scheduler, named
+from minisd.warn import check_finite, watched
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -62,13 +64,15 @@ class StableDiffusion(LatentDiffusionModel):
         start = (chosen.start or 0) * scheduler.order  # `timesteps` has one entry for each model call
         if start:
             scheduler.set_begin_index(start)
+        check_divisions(scheduler, chosen.eta, start)
 
         shape = (len(prompts) * chosen.images_per_prompt, *self.latent_shape(chosen.height, chosen.width))
         x = self.initial_noise(shape, generator, chosen.latents)  # (B, 4, H/8, W/8)
         if chosen.start is None:  # unit variance -> that of the first timestep; with `start`, latents are there already
             x = x * scheduler.init_noise_sigma
         unconditional = negatives if scale > 1 else None
-        context = self.encode_prompt(prompts, unconditional, chosen.images_per_prompt, chosen.clip_skip)
+        copies, skip = chosen.images_per_prompt, chosen.clip_skip
+        context = self.encode_prompt(prompts, unconditional, copies, skip, chosen.long_prompts)
 
         @torch.no_grad()
         def loop(x: Tensor) -> Iterator[Step]:
@@ -79,37 +83,32 @@ class StableDiffusion(LatentDiffusionModel):
                 yield step
                 x = step.latents
 
-        return loop(x)
+        return watched(loop(x))
 
     def encode_prompt(
-        self, prompts: Texts, negatives: Texts | None, images_per_prompt: int = 1, clip_skip: int = 0
+        self,
+        prompts: Texts,
+        negatives: Texts | None,
+        images_per_prompt: int = 1,
+        clip_skip: int = 0,
+        long_prompts: bool = False,
     ) -> Tensor:
         """Prompts -> context (B, 77, D), or (2B, 77, D) with `negatives` first: the batch of classifier-free guidance.
 
         Each prompt is repeated `images_per_prompt` times in a row. As in diffusers, `clip_skip` is not for negatives.
-        What is context already stays as it is.
+        What is context already stays as it is. `long_prompts`: (B, 77 n, D), see `context.py`.
         """
-
-        def encode(texts: Texts, clip_skip: int = 0) -> Tensor:
-            if isinstance(texts, Tensor):
-                context = texts.to(self.device)
-            else:
-                ids = self.tokenizer([texts] if isinstance(texts, str) else texts)  # (B, 77)
-                context = self.text_encoder(ids.to(self.device), clip_skip=clip_skip)  # (B, 77, D)
-            return context.repeat_interleave(images_per_prompt, dim=0)
-
-        context = encode(prompts, clip_skip)
-        return context if negatives is None else torch.cat([encode(negatives), context])
+        contexts = [encode(self, prompts, clip_skip, long_prompts)]
+        if negatives is not None:
+            contexts.insert(0, encode(self, negatives, 0, long_prompts))
+        contexts = same_length(self, contexts)
+        return torch.cat([context.repeat_interleave(images_per_prompt, dim=0) for context in contexts])
 
     def predict_noise(
         self, x: Tensor, t: Tensor, context: Tensor, guidance_scale: float, guidance_rescale: float = 0.0
     ) -> Tensor:
         """The UNet's noise prediction (or v); for guidance the unconditional and the conditional half in one batch."""
-        if x.shape[1] != self.unet.config.in_channels:
-            raise ValueError(
-                f"this UNet takes {self.unet.config.in_channels} channels, not {x.shape[1]} (an inpainting model?): "
-                "it cannot make a picture from text alone"
-            )
+        check_channels(self, x)
         if guidance_scale <= 1:
             return self.unet(x, t, context)
         negative, positive = self.unet(torch.cat([x, x]), t, context).chunk(2)
@@ -128,9 +127,7 @@ class StableDiffusion(LatentDiffusionModel):
             kind, arguments = named(own or "ddim")
             made = kind.from_config(self.scheduler_config, **({} if scheduler == "model" else arguments))
         if steps is not None:
-            if steps > len(made):  # diffusers counts a scheduler's length in training timesteps
-                raise ValueError(f"steps={steps}: must be at most the schedule's {len(made)}")
-            made.set_timesteps(steps, device=self.device)
+            set_steps(made, steps, self.device)
         return made
 
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
@@ -153,6 +150,15 @@ class StableDiffusion(LatentDiffusionModel):
         return latents.to(self.device)
 
 
+def check_channels(sd: StableDiffusion, x: Tensor) -> None:
+    """Raise ValueError for latents (B, C, H, W) of other channels than the UNet takes."""
+    if x.shape[1] != sd.unet.config.in_channels:
+        raise ValueError(
+            f"this UNet takes {sd.unet.config.in_channels} channels, not {x.shape[1]} (an inpainting model?): "
+            "it cannot make a picture from text alone"
+        )
+
+
 def guide(negative: Tensor, positive: Tensor, scale: float, rescale: float = 0.0) -> Tensor:
     """Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598): from the unconditional (or negative) prediction
     towards the conditional one, and beyond it.
@@ -167,12 +173,18 @@ def rescale_guidance(eps: Tensor, positive: Tensor, amount: float) -> Tensor:
     Strong guidance inflates it, and the image is overexposed (Lin et al. 2023, arXiv:2305.08891, section 3.4).
     """
     dims = tuple(range(1, eps.ndim))
-    rescaled = eps * (positive.std(dim=dims, keepdim=True) / eps.std(dim=dims, keepdim=True))
+    wanted, found = (one.std(dim=dims, keepdim=True) for one in (positive, eps))
+    rescaled = eps * torch.where(found > 0, wanted / found, 1)  # a flat prediction is flat at any scale
     return amount * rescaled + (1 - amount) * eps
 
 
 def to_pictures(images: Tensor) -> list[Image.Image]:
-    """Images (B, 3, H, W) in [-1, 1] -> PIL images; values are rounded to bytes, not truncated."""
+    """Images (B, 3, H, W) in [-1, 1] -> PIL images; values are rounded to bytes, not truncated.
+
+    NaN becomes black, with a `NonFiniteWarning`.
+    """
+    if not check_finite(images, "images out of the VAE"):
+        images = images.nan_to_num(-1.0)
     pixels = (images / 2 + 0.5).clamp(0, 1)
     array = rearrange(pixels, "b c h w -> b h w c").cpu().float().numpy()
     return [Image.fromarray(picture) for picture in (array * 255).round().astype("uint8")]

@@ -13,10 +13,15 @@ import torch
 from torch import Tensor
 
 from minisd.noise import Generators
-from minisd.schedulers import Scheduler, named
+from minisd.schedulers import DDIMScheduler, DDPMScheduler, LCMScheduler, Scheduler, equations, named
+from minisd.schedulers.exponential import ExponentialScheduler
+from minisd.warn import warn
 
 Texts = str | list[str] | Tensor  # a prompt, several, or their token embeddings after the text encoder (B, 77, D)
 PredictNoise = Callable[[Tensor, Tensor, Tensor, float, float], Tensor]  # x, t, context, guidance scale and rescale
+
+
+SEEDS = 2**32
 
 
 @dataclass
@@ -44,6 +49,7 @@ class Settings(TypedDict, total=False):
     eta: float
     images_per_prompt: int
     clip_skip: int
+    long_prompts: bool
     predict_noise: PredictNoise | None
 
 
@@ -69,9 +75,10 @@ class Sampling:
     `latents`            (B, 4, H/8, W/8), initial noise of unit variance in the place of drawn noise
     `scheduler`          a name of `schedulers/names.py` ("ddim", the default; "euler_a", "DPM++ 2M Karras"), "model"
                          for the one that the model's folder names, or a scheduler object
-    `eta`                0 (DDIM, deterministic) to 1 (as random as DDPM); only "ddim" uses it
+    `eta`                0 (DDIM, deterministic) to 1 (as random as DDPM); others than DDIM ignore it
     `images_per_prompt`  how many images to generate of each prompt
     `clip_skip`          how many of the text encoder's last layers to leave out
+    `long_prompts`       encode prompts of more than 75 tokens in windows of 75 (`context.py`), instead of cutting them
 
     Two openings serve the tasks: `start`, the index of the first of `steps` to take, for `latents` that are already at
     the noise level of that step; and `predict_noise`, in the place of `StableDiffusion.predict_noise`.
@@ -90,6 +97,7 @@ class Sampling:
     eta: float = 0.0
     images_per_prompt: int = 1
     clip_skip: int = 0
+    long_prompts: bool = False
     start: int | None = None
     predict_noise: PredictNoise | None = None
 
@@ -106,6 +114,8 @@ class Sampling:
         if isinstance(self.scheduler, str) and self.scheduler != "model":
             named(self.scheduler)
         self.make_generator()
+        if self.seed is not None:
+            tell_seed(self.seed)
         if self.start is not None:
             check_whole("start", self.start, least=0)  # how many steps there are, the model knows
 
@@ -135,6 +145,50 @@ class Sampling:
             return torch.Generator().manual_seed(self.seed)
         except (TypeError, ValueError, RuntimeError):
             raise ValueError(f"seed={self.seed!r}: must be a whole number of at most 64 bits") from None
+
+
+def set_steps(scheduler: Any, steps: int, device: torch.device) -> None:
+    """Set a scheduler's timesteps. Raises ValueError for a number of steps that its schedule does not have."""
+    total = len(scheduler)  # diffusers counts a scheduler's length in training timesteps
+    if steps > total:
+        raise ValueError(f"steps={steps}: must be at most the schedule's {total}")
+    try:
+        scheduler.set_timesteps(steps, device=device)
+        # Those that work with sigmas read no table at a timestep, and can have one beyond the last.
+        fits = hasattr(scheduler, "sigmas") or int(scheduler.timesteps.max()) < total
+    except IndexError:  # of the table of noise levels
+        fits = False
+    except ValueError as error:  # in diffusers' name of the argument
+        raise ValueError(str(error).replace("num_inference_steps", "steps")) from None
+    if fits and isinstance(scheduler, ExponentialScheduler):
+        fits = bool((scheduler.sigmas.diff() != 0).all())  # it divides by the width of a step
+    if not fits:
+        spacing = getattr(scheduler, "timestep_spacing", "its")
+        raise ValueError(f"steps={steps}: too many for this scheduler with {spacing} spacing of {total} timesteps")
+
+
+def check_divisions(scheduler: Any, eta: float, start: int) -> None:
+    """Raise ValueError for settings under which a step divides by zero, or takes the root of a negative number."""
+    table = getattr(scheduler, "alphas_cumprod", None)
+    if not isinstance(scheduler, DDIMScheduler | DDPMScheduler | LCMScheduler) or table is None or table[-1] != 0:
+        return
+    for t in scheduler.timesteps[start:].tolist():
+        if scheduler.prediction_type == "epsilon" and table[t] == 0:
+            raise ValueError(
+                f"prediction epsilon with zero terminal SNR: timestep {t} is pure noise, from which no image can be "
+                "predicted; take a model that predicts v, timestep_spacing='leading', or rescale_betas_zero_snr=False"
+            )
+        if isinstance(scheduler, DDIMScheduler) and eta > 0:
+            before = scheduler.alpha_bar(t - len(scheduler) // scheduler.timesteps.numel())
+            variance = (eta * equations.posterior_variance(table[t], before) ** 0.5) ** 2
+            if 1 - before - variance < 0:  # equations.ddim_update takes its root
+                raise ValueError(f"eta={eta}: with zero terminal SNR must be below 1, by rounding; take 0.999")
+
+
+def tell_seed(seed: int) -> None:
+    """Warn of a seed that is another's equal: torch's generator on a CPU keeps 32 bits of it."""
+    if not 0 <= seed < SEEDS:
+        warn(f"seed={seed}: draws the same numbers as seed={seed % SEEDS}; there are 2**32 seeds")
 
 
 def check_whole(name: str, value: Any, least: int) -> None:

@@ -128,9 +128,9 @@ class CLIPTokenizer:
 
         Raises ValueError for text that is not valid Unicode (a lone surrogate).
         """
-        rows = [self.kept(text) for text in ([texts] if isinstance(texts, str) else texts)]
-        padding = [self.vocabulary[self.pad_token]] * self.context_length
-        return torch.tensor([(row + padding)[: self.context_length] for row in rows], dtype=torch.int64)
+        most = self.context_length - 2
+        rows = [self._framed(self.ids(text)[:most]) for text in ([texts] if isinstance(texts, str) else texts)]
+        return torch.tensor(rows, dtype=torch.int64)
 
     def tokens(self, text: str) -> list[str]:
         """The tokens of one prompt as they read, start and end included, padding not. Raises ValueError as above."""
@@ -143,8 +143,28 @@ class CLIPTokenizer:
         parts = (f"{token} ".encode() if token in self.added else token_bytes(token) for token in tokens)
         return b"".join(parts).decode(errors="replace").strip()
 
+    def windows(self, texts: list[str]) -> Tensor:
+        """Encode `texts` (B strings) whole -> ids (B, n, 77) int64: windows of 75 tokens with start, end and padding.
+
+        n is that of the longest text; those of the others are empty behind their last.
+        """
+        most = self.context_length - 2
+        ids = [self.ids(text) for text in texts]
+        count = max(1, *(-(-len(row) // most) for row in ids))
+        rows = [[self._framed(row[first : first + most]) for first in range(0, count * most, most)] for row in ids]
+        return torch.tensor(rows, dtype=torch.int64)
+
+    def _framed(self, ids: list[int]) -> list[int]:
+        """At most 75 ids -> 77: start, ids, end, padding."""
+        row = [self.vocabulary[START], *ids, self.vocabulary[END]]
+        return row + [self.vocabulary[self.pad_token]] * (self.context_length - len(row))
+
     def kept(self, text: str) -> list[int]:
         """The ids of a prompt between start and end, as many as the context length holds."""
+        return [self.vocabulary[START], *self.ids(text)[: self.context_length - 2], self.vocabulary[END]]
+
+    def ids(self, text: str) -> list[int]:
+        """All ids of a prompt, without start and end. Raises ValueError for text that is not valid Unicode."""
         try:
             text.encode()
         except UnicodeEncodeError:
@@ -152,8 +172,7 @@ class CLIPTokenizer:
         text = self.spelt_out(text)
         # The library's Unicode tables are those of the reference implementation, and it takes texts of any length.
         fast = not text.isascii() or len(text) > 1000
-        ids = self.encode_fast(text) if fast else self.encode(text)
-        return [self.vocabulary[START], *ids[: self.context_length - 2], self.vocabulary[END]]
+        return self.encode_fast(text) if fast else self.encode(text)
 
     def encode(self, text: str) -> list[int]:
         """Text of any length -> its ids. Special tokens are found first, then added ones, then words are merged."""

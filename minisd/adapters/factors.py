@@ -90,7 +90,8 @@ def hadamard(parts: Mapping[str, Tensor]) -> Tensor:
 def kronecker(parts: Mapping[str, Tensor]) -> Tensor:
     """LoKr: a small matrix whose every element scales a copy of another; each may be low-rank itself."""
     one, other = factor(parts, "lokr_w1", "lokr_t1"), factor(parts, "lokr_w2", "lokr_t2")
-    return torch.kron(one.reshape(*one.shape, *[1] * (other.ndim - one.ndim)), other)
+    # `kron` views its operands, and a product around a core is not contiguous.
+    return torch.kron(one.reshape(*one.shape, *[1] * (other.ndim - one.ndim)).contiguous(), other.contiguous())
 
 
 def factor(parts: Mapping[str, Tensor], name: str, core: str) -> Tensor:
@@ -101,6 +102,35 @@ def factor(parts: Mapping[str, Tensor], name: str, core: str) -> Tensor:
     if core not in parts:
         return a @ b.flatten(1)
     return tucker(parts[core], a.T, b)
+
+
+Shape = tuple[int, ...]
+
+
+def hadamard_shape(shapes: Mapping[str, Shape]) -> Shape | None:
+    """The shape of a LoHa's change, from those of its factors; None where they do not fit each other."""
+    one, other = factor_shape(shapes, "hada_w1", "hada_t1"), factor_shape(shapes, "hada_w2", "hada_t2")
+    return one if one == other else None
+
+
+def kronecker_shape(shapes: Mapping[str, Shape]) -> Shape | None:
+    """The same of a LoKr's."""
+    one, other = factor_shape(shapes, "lokr_w1", "lokr_t1"), factor_shape(shapes, "lokr_w2", "lokr_t2")
+    if one is None or other is None or len(one) > len(other):
+        return None
+    return tuple(a * b for a, b in zip((*one, *[1] * (len(other) - len(one))), other, strict=True))
+
+
+def factor_shape(shapes: Mapping[str, Shape], name: str, core: str) -> Shape | None:
+    """The shape of `factor`."""
+    if name in shapes:
+        return shapes[name] if len(shapes[name]) >= 2 else None
+    a, b, t = shapes.get(f"{name}_a", ()), shapes.get(f"{name}_b", ()), shapes.get(core)
+    if len(a) != 2 or len(b) < 2 or 0 in (*a, *b):
+        return None
+    if t is None:
+        return (a[0], math.prod(b[1:])) if a[1] == b[0] else None
+    return (a[1], b[1], *t[2:]) if len(t) == 4 and len(b) == 2 and t[:2] == (a[0], b[0]) else None
 
 
 # ---- DoRA ------------------------------------------------------------------------------------------------

@@ -30,15 +30,26 @@ class Adapters:
     def load_lora(self, path: str | os.PathLike[str], scale: float = 1.0) -> "LoRA":
         """Add the LoRA at `path` with strength `scale`, 1 being the one it was trained at; again for more of them.
 
-        No weight is touched: each change stands beside its layer until `unload_lora`. Returns what was loaded. Raises
-        FileNotFoundError for a path that is not there, `minisd.CheckpointError` for what is no LoRA or does not fit
-        (it says which layers, and why), ValueError for a scale that is no number; the model is as before then.
+        `path`: a safetensors file, or a folder as PEFT saves it. No weight is touched: each change stands beside its
+        layer until `unload_lora`. Embeddings in the same file become tokens, as `load_embedding` adds them. Returns
+        what was loaded. Warns where nothing tells the LoRA's alpha. Raises FileNotFoundError for a path that is not
+        there, `minisd.CheckpointError` for what is no LoRA or does not fit (it says which layers, and why), ValueError
+        for a scale that is no number; the model is as before then.
         """
         from minisd.adapters.lora import attach, open_lora
+        from minisd.warn import warn
 
         model = self.model
         lora = open_lora(path, model.config)
-        self.loras.append(attach(lora, {"unet": model.unet, "text_encoder": model.text_encoder}, scale))
+        loaded = attach(lora, {"unet": model.unet, "text_encoder": model.text_encoder}, scale)
+        try:
+            self._add(lora.words)
+        except ValueError:
+            loaded.remove()
+            raise
+        self.loras.append(loaded)
+        if note := lora.note():
+            warn(note)
         return lora
 
     def unload_lora(self, path: str | os.PathLike[str] | None = None) -> None:
@@ -49,6 +60,8 @@ class Adapters:
         for one in leaving:
             one.remove()
             self.loras.remove(one)
+            for word in one.lora.words.keys() & self.embeddings.keys():
+                self.unload_embedding(word)
 
     def load_embedding(self, path: str | os.PathLike[str] | Tensor, token: str | None = None) -> list[str]:
         """Add the tokens in the textual-inversion file at `path`; returns them, for use in prompts.
@@ -58,14 +71,22 @@ class Adapters:
         what is no embedding or one for another model, ValueError for a token that the vocabulary has already or that
         no prompt can contain (an empty one, one with spaces).
         """
-        from minisd.adapters.textual_inversion import Plain, open_embedding
+        from minisd.adapters.textual_inversion import open_embedding
 
         found = open_embedding(path, token, self.model.text_encoder.config.width)
+        self._add(found)
+        return list(found)
+
+    def _add(self, found: dict[str, Tensor]) -> None:
+        """Add tokens to those that are there."""
+        from minisd.adapters.textual_inversion import Plain
+
+        if not found:
+            return
         for word in found.keys() & self.embeddings.keys():
             raise ValueError(f"token={word!r}: is loaded already; choose another name with token=")
         plain = self._plain or Plain(self.model.tokenizer, self.model.text_encoder.token_embedding.weight)
         self._use(plain, {**self.embeddings, **found})
-        return list(found)
 
     def unload_embedding(self, token: str | None = None) -> None:
         """Remove one added token, or all. Raises ValueError for one that is not loaded."""

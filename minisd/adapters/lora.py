@@ -4,34 +4,35 @@
     lora.changes["unet", "down.0.attention.cross_attn.q.weight"].delta()
 
 Dialects: kohya's (with alpha, convolutions, Tucker cores; over diffusers' or CompVis' names), PEFT's and diffusers',
-old diffusers'; beside plain LoRA also DoRA, LoHa and LoKr. Which layer a name means: `targets.py`. What a change does
-beside a layer: `paths.py`.
+old diffusers'; beside plain LoRA also DoRA, LoHa and LoKr. Which layer a name means: `targets.py`. What is said beside
+the tensors: `settings.py`. What a change does beside a layer: `factors.py`.
 """
 
-import json
 import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path as FilePath
-from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from minisd.adapters import factors as paths
-from minisd.adapters.targets import COMPONENTS, Target, table, targets
+from minisd.adapters.settings import MAX_ALPHA, Settings, number
+from minisd.adapters.targets import Target, table, targets
+from minisd.adapters.textual_inversion import read_vectors
 from minisd.checkpoint.header import Files, open_files
 from minisd.checkpoint.naming import same_but_for_ones, stranger
 from minisd.checkpoint.values import DTYPES, read_tensor
 from minisd.config import ModelConfig
-from minisd.files import CheckpointError, read_json_object
+from minisd.files import CheckpointError, shown
 
 SHOWN = 4  # layers of a kind that an error names
-MAX_ALPHA = 1_000_000  # people take 1 to a few hundred
+WEIGHT_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # PEFT's, diffusers'
+PICKLED_FILES = ("adapter_model.bin", "pytorch_lora_weights.bin")
+BUNDLE = "bundle_emb."  # how the name of an embedding begins that is in a LoRA's file
 
 # How the name of a tensor ends -> what it is to its layer. The first that fits counts: longer endings come first.
 ROLES = {
@@ -81,6 +82,7 @@ class Change:
     sources: Mapping[str, str]
     alpha: float
     rank: int
+    told: bool  # is the alpha said anywhere?
 
     def scaling(self, scale: float = 1.0) -> float:
         """What the product is multiplied by, `scale` being the user's."""
@@ -148,11 +150,21 @@ def baked_together(weight: Tensor, changes: Sequence[tuple[Change, float]]) -> T
 
 @dataclass(frozen=True)
 class LoRA:
-    """A LoRA that fits a model. `changes`: (component, minisd's name of the weight) -> what happens to it."""
+    """A LoRA that fits a model. `changes`: (component, minisd's name of the weight) -> what happens to it.
+
+    `words`: the embeddings in its file, (n, D) by word.
+    """
 
     path: FilePath
     changes: dict[tuple[str, str], Change]
     metadata: Mapping[str, str]
+    words: dict[str, Tensor]
+
+    def note(self) -> str | None:
+        """What its user should know: that nothing says how strong it is meant to be."""
+        if any(one.told for one in self.changes.values()):
+            return None
+        return f"{self.path}: says no alpha anywhere: its strength is taken to be alpha = rank; try other scales"
 
 
 def low_rank(target: Target, parts: Mapping[str, Tensor]) -> paths.LowRank:
@@ -171,13 +183,16 @@ def low_rank(target: Target, parts: Mapping[str, Tensor]) -> paths.LowRank:
 
 
 def open_lora(path: str | os.PathLike[str], config: ModelConfig) -> LoRA:
-    """Understand the LoRA at `path`, a safetensors file, for a model of this configuration.
+    """Understand the LoRA at `path`, a safetensors file or a folder of PEFT's, for a model of this configuration.
 
-    Only the header and the alphas are read. Raises FileNotFoundError for a path that is not there and CheckpointError
-    for what is no LoRA, is a kind that minisd does not know, or does not fit the model: it says which layers and why.
+    Only the header, the alphas and bundled embeddings are read. Raises FileNotFoundError for a path that is not there
+    and CheckpointError for what is no LoRA, is a kind that minisd does not know, or does not fit the model: it says
+    which layers and why.
     """
-    file = FilePath(os.path.expanduser(path))
+    path = FilePath(os.path.expanduser(path))
+    file = in_folder(path) if path.is_dir() else path
     files = open_files([file], file)
+    words = bundled(files, config.text_encoder.width)
     known = table(targets(config))
     grouped, strangers = group(files, known)
     if not grouped:
@@ -186,18 +201,47 @@ def open_lora(path: str | os.PathLike[str], config: ModelConfig) -> LoRA:
     if strangers or misfits:
         other = trained_on(files.tensors) or by_text_width(grouped, files)
         raise CheckpointError(does_not_fit(file, other, len(grouped), strangers, misfits))
-    stored = Alphas.read(files)
-    changes = {target.weight: change(target, sources, files, stored) for target, sources in grouped.items()}
-    return LoRA(file, changes, files.metadata)
+    settings = Settings.read(files, file)
+    settings.check(grouped, (role for sources in grouped.values() for role in sources))
+    changes = {target.weight: change(target, sources, files, settings) for target, sources in grouped.items()}
+    return LoRA(path, changes, files.metadata, words)
+
+
+def in_folder(folder: FilePath) -> FilePath:
+    """The adapter's file in a folder that PEFT or diffusers wrote. Raises CheckpointError if there is none."""
+    for name in WEIGHT_FILES:
+        if (folder / name).exists():
+            return folder / name
+    pickled = next((name for name in PICKLED_FILES if (folder / name).exists()), None)
+    way = f"; `minisd convert --from-pickle` makes one of {pickled}" if pickled else ""
+    raise CheckpointError(f"{folder}: is a folder without {' or '.join(WEIGHT_FILES)}{way}")
+
+
+def bundled(files: Files, width: int) -> dict[str, Tensor]:
+    """The embeddings that a LoRA was trained together with: "bundle_emb.WORD.string_to_param.*" -> vectors."""
+    words: dict[str, Tensor] = {}
+    for name in files.tensors:
+        if name.startswith(BUNDLE):
+            word, _, kind = name.removeprefix(BUNDLE).rpartition(".string_to_param.")
+            word, kind = (word, kind) if word else name.removeprefix(BUNDLE).rpartition(".")[::2]
+            if not word or kind == "clip_g" or word in words:
+                raise CheckpointError(
+                    f"{files.path}: the embedding in it, {shown(name)}, is none for SD 1.x: one text encoder's vectors "
+                    "under a word were expected"
+                )
+            words[word] = read_vectors(files, name, width)
+    return words
 
 
 def group(files: Files, known: Mapping[str, Target]) -> tuple[dict[Target, dict[str, str]], list[str]]:
     """The file's tensors by layer and role, and the layers that the model does not have, by the file's names."""
     grouped: dict[Target, dict[str, str]] = defaultdict(dict)
     strangers: dict[str, None] = {}
+    refuse_relatives(files, known)
     for name in files.tensors:
+        if name.startswith(BUNDLE):
+            continue
         layer, role = parsed(name)
-        refuse_relatives(files, name)
         target = known.get(layer)
         if target is None:
             strangers[layer] = None
@@ -216,12 +260,20 @@ def parsed(name: str) -> tuple[str, str]:
     return name, ""
 
 
-def refuse_relatives(files: Files, name: str) -> None:
-    """Raise CheckpointError for a tensor of a relative of LoRA that minisd does not apply."""
-    for kind, endings in RELATIVES.items():
-        if name.endswith(endings):
+def refuse_relatives(files: Files, known: Mapping[str, Target]) -> None:
+    """Raise CheckpointError for tensors of a relative of LoRA that minisd does not apply."""
+    for name in files.tensors:
+        for kind, endings in RELATIVES.items():
+            if name.endswith(endings):
+                raise CheckpointError(
+                    f"{files.path}: is {kind} (it has {shown(name)!r}): minisd applies LoRA, LoCon, DoRA, LoHa and LoKr"
+                )
+    for name in files.tensors:
+        layer, _, last = name.rpartition(".")
+        if layer in known and last in ("weight", "bias"):
+            kind = "biases (PEFT's bias)" if last == "bias" else "whole weights (PEFT's modules_to_save)"
             raise CheckpointError(
-                f"{files.path}: is {kind} (it has {name!r}): minisd applies LoRA, LoCon, DoRA, LoHa and LoKr"
+                f"{files.path}: is a LoRA with {kind} besides ({shown(name)!r}): minisd does not apply them"
             )
 
 
@@ -318,84 +370,41 @@ def pads(target: Target, width: int) -> bool:
 
 
 def misfit_product(target: Target, sources: Mapping[str, str], files: Files) -> str | None:
-    """The same for LoHa and LoKr: multiply shapes out on the meta device, where it costs nothing."""
-    parts = {
-        role: torch.empty(files.tensors[name].shape, device="meta") for role, name in sources.items() if role != "alpha"
-    }
-    try:
-        product = paths.hadamard(parts) if "hada_w1_a" in parts else paths.kronecker(parts)
-        product.reshape(target.shape)
-    except (KeyError, RuntimeError, ValueError):
-        shapes = ", ".join(f"{role} {list(part.shape)}" for role, part in parts.items())
-        return f"{target.minisd} ({list(target.shape)}) does not come out of {shapes}"
-    return None
+    """The same for LoHa and LoKr, by the shapes of their factors."""
+    shapes = {role: files.tensors[name].shape for role, name in sources.items() if role not in ("alpha", *MAGNITUDES)}
+    shape = paths.hadamard_shape(shapes) if "hada_w1_a" in shapes else paths.kronecker_shape(shapes)
+    if shape is not None and shape[0] == target.shape[0] and math.prod(shape) == math.prod(target.shape):
+        return None
+    given = ", ".join(f"{role} {list(each)}" for role, each in shapes.items())
+    return f"{target.minisd} ({list(target.shape)}) does not come out of {given}"
 
 
 # ---- alpha -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Alphas:
-    """The alphas that diffusers keeps in a file's metadata, and PEFT in a configuration beside the file."""
-
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, files: Files) -> "Alphas":
-        """Raises CheckpointError for metadata that is broken."""
-        try:
-            settings = json.loads(files.metadata.get("lora_adapter_metadata", "{}"))
-        except (ValueError, RecursionError):
-            settings = None
-        if not isinstance(settings, dict):
-            raise CheckpointError(f"{files.path}: its metadata holds a broken lora_adapter_metadata")
-        beside = files.path.with_name("adapter_config.json")
-        if beside.is_file() and any(name.startswith("base_model.model.") for name in files.tensors):
-            config = read_json_object(beside)
-            settings |= {f"{component}.{name}": value for component in COMPONENTS for name, value in config.items()}
-        return cls(settings)
-
-    def of(self, target: Target, rank: int) -> float | None:
-        """The alpha of a layer, or None."""
-        here = {name: self.settings.get(f"{target.component}.{name}") for name in ("lora_alpha", "alpha_pattern")}
-        alpha: Any = here["lora_alpha"]
-        pattern = here["alpha_pattern"] if isinstance(here["alpha_pattern"], dict) else {}
-        for name, special in pattern.items():
-            if f".{target.diffusers}".endswith(f".{name.removeprefix('^')}"):
-                alpha = special
-        if alpha is None:
-            return None
-        stabilised = self.settings.get(f"{target.component}.use_rslora")  # divided by the root of the rank
-        return number(alpha) * (math.sqrt(rank) if stabilised else 1)  # (Kalajdzievski 2023, arXiv:2312.03732)
-
-
-def change(target: Target, sources: Mapping[str, str], files: Files, stored: Alphas) -> Change:
+def change(target: Target, sources: Mapping[str, str], files: Files, settings: Settings) -> Change:
     """A layer's change with its scale: alpha / rank. Without alpha, or with an alpha of 0, that is 1."""
-    rank = rank_of(sources, files)
-    alpha = stored.of(target, rank)
+    product = "down" not in sources  # LoHa or LoKr
+    rank = rank_of(sources, files) or settings.rank(target) or 1
+    alpha = settings.alpha(target, rank, "alpha" if product else "lora_alpha")
     if "alpha" in sources:
         tensor = read_tensor(files, sources["alpha"])
         alpha = number(tensor.item()) if tensor.numel() == 1 else math.nan
+        if {"lokr_w1", "lokr_w2"} <= sources.keys():  # LyCORIS: nothing is low-rank there, the alpha has no meaning
+            alpha = float(rank)
     if alpha is not None and not math.isfinite(alpha):
         raise CheckpointError(
             f"{files.path}: the alpha of {target.minisd} is not a number, or beyond {MAX_ALPHA:,}: none is in use"
         )
-    whole = {"lokr_w1", "lokr_w2"} <= sources.keys()  # nothing is low-rank there: the alpha has no meaning
-    return Change(target, files, sources, float(rank if whole or not alpha else alpha), rank)
+    return Change(target, files, sources, float(alpha or rank), rank, told=alpha is not None)
 
 
-def number(alpha: Any) -> float:
-    """An alpha from a file, if it is a number that a change can be multiplied by; else NaN."""
-    sound = isinstance(alpha, int | float) and not isinstance(alpha, bool) and abs(alpha) <= MAX_ALPHA
-    return float(alpha) if sound else math.nan
-
-
-def rank_of(sources: Mapping[str, str], files: Files) -> int:
-    """The number of dimensions that a change has."""
+def rank_of(sources: Mapping[str, str], files: Files) -> int | None:
+    """The number of dimensions that a change has; None for a LoKr of two whole matrices."""
     for role in ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
         if role in sources:
             return files.tensors[sources[role]].shape[0]
-    return 1
+    return None
 
 
 # ---- loaded into a model ---------------------------------------------------------------------------------

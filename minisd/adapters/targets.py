@@ -63,8 +63,9 @@ def names(target: Target) -> Iterator[str]:
 
 
 def unet_names(target: Target) -> Iterator[str]:
-    """kohya | kohya over CompVis' names | PEFT and diffusers, with and without prefix | diffusers' processors."""
+    """kohya | LyCORIS alone | kohya over CompVis' names | PEFT and diffusers, with and without prefix | processors."""
     yield f"lora_unet_{underscored(target.diffusers)}"
+    yield f"lycoris_{underscored(target.diffusers)}"
     yield f"lora_unet_{underscored(target.compvis)}"
     yield f"diffusion_model.{target.compvis}"
     for name in (target.diffusers, *processor(target.diffusers, PROCESSORS, ".processor.")):
@@ -78,7 +79,7 @@ def text_names(target: Target) -> Iterator[str]:
     """
     long = target.diffusers
     for name in (long, long.removeprefix(TEXT_PREFIX)):
-        yield from (f"lora_te_{underscored(name)}", f"lora_te1_{underscored(name)}")
+        yield from (f"{prefix}_{underscored(name)}" for prefix in ("lora_te", "lora_te1", "lycoris"))
         for spelling in (name, *processor(name, TEXT_PROCESSORS, ".")):
             yield f"text_encoder.{spelling}"
             yield f"text_encoder.base_model.model.{spelling}"

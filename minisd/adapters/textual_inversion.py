@@ -41,7 +41,7 @@ def open_embedding(source: str | os.PathLike[str] | Tensor, token: str | None, w
         return {token: shaped(source, width, "the tensor")}
     path = Path(os.path.expanduser(source))
     files = open_file(path)
-    named = {name: read(files, name, width) for name in files.tensors}
+    named = {name: read_vectors(files, name, width) for name in files.tensors}
     if token is not None and len(named) > 1:
         raise ValueError(f"{path}: holds {len(named)} words ({', '.join(sorted(named)[:4])}): token= can name only one")
     own = {name: path.stem if name in NAMELESS else name for name in named}
@@ -67,7 +67,8 @@ def open_file(path: Path) -> Files:
     return files
 
 
-def read(files: Files, name: str, width: int) -> Tensor:
+def read_vectors(files: Files, name: str, width: int) -> Tensor:
+    """The vectors (n, width) of one word, float32. Raises CheckpointError for a tensor that is none."""
     info = files.tensors[name]
     label = f"{files.path}: the tensor {name!r}"
     if info.dtype not in DTYPES:
@@ -123,6 +124,7 @@ class Plain:
             context_length=old.context_length,
             added=(*old.added, *tokens),
         )
+        check_apart(words, old, tokenizer)
         rows = torch.cat([self.table.detach(), *(vectors.to(self.table) for vectors in words.values())])
         return tokenizer, nn.Parameter(rows, requires_grad=self.table.requires_grad)
 
@@ -130,6 +132,22 @@ class Plain:
 def spelling(word: str, vectors: int) -> list[str]:
     """The tokens that a word consists of."""
     return [word, *(f"{word}_{number}" for number in range(1, vectors))]
+
+
+def check_apart(words: Words, old: CLIPTokenizer, new: CLIPTokenizer) -> None:
+    """A prompt with one word must not mean the next one too: "cat" with one vector, beside another word "cat_1".
+
+    In files, minisd's and diffusers', only the names tell which tokens belong together. Raises ValueError.
+    """
+    meant = {word: spelling(word, len(vectors)) for word, vectors in words.items()}
+    meant |= {token: old.spelt_out(token).split() for token in old.added}
+    for word, tokens in meant.items():
+        more = [token for token in new.spelt_out(word).split() if token not in tokens]
+        if more:
+            raise ValueError(
+                f"token={word!r}: in prompts it would mean {more[0]!r} too, which is another word; "
+                "choose another name for one of them with token="
+            )
 
 
 def check_names(tokens: list[str], tokenizer: CLIPTokenizer) -> None:

@@ -1,7 +1,8 @@
 """Adapters -> files that every program reads: LoRAs in kohya's dialect, embeddings under their word's name."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ def write_lora(
     """
     target = checked_path(path)
     tensors: dict[str, Tensor] = {}
-    for layer, (down, up) in factors.items():
+    for layer, (down, up) in (*factors.items(), *silent(factors)):
         name = next(names(layer))
         tensors[f"{name}.lora_down.weight"] = down.detach().cpu().to(dtype).contiguous()
         tensors[f"{name}.lora_up.weight"] = up.detach().cpu().to(dtype).contiguous()
@@ -32,6 +33,20 @@ def write_lora(
     said = {"ss_network_module": "networks.lora", "modelspec.architecture": "stable-diffusion-v1/lora"}
     into_place(target, lambda file: write_tensors(file, tensors, said | dict(metadata or {})))
     return target
+
+
+def silent(factors: Mapping[Target, tuple[Tensor, Tensor]]) -> Iterator[tuple[Target, tuple[Tensor, Tensor]]]:
+    """Zeros for each out_proj that a text encoder's attention block lacks: they change nothing.
+
+    diffusers 0.42 looks for the layers of a block by its out_proj, and would drop the block's queries without it.
+    """
+    there = {layer.diffusers for layer in factors if layer.component == "text_encoder"}
+    for layer, (down, up) in factors.items():
+        block, _, last = layer.diffusers.rpartition(".")
+        missing = f"{block}.out_proj"
+        if layer.component == "text_encoder" and last in ("q_proj", "k_proj", "v_proj") and missing not in there:
+            there.add(missing)
+            yield replace(layer, diffusers=missing), (torch.zeros_like(down), torch.zeros_like(up))
 
 
 def checked_path(path: str | os.PathLike[str]) -> Path:

@@ -8,7 +8,7 @@ This file needs the standard library only. Next: `infer.py`.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import product
+from itertools import permutations, product
 from math import prod
 from typing import Any
 
@@ -37,8 +37,9 @@ PREFIXES = {
     ),
 }
 
-# What training frameworks put in front of everything (torch.nn.DataParallel, torch.compile).
-WRAPPERS = ("", "module.", "_orig_mod.", "model.")
+# What training frameworks put in front of everything (torch.nn.DataParallel, torch.compile), one around the other too.
+FRAMEWORKS = ("module.", "_orig_mod.", "model.")
+WRAPPERS = tuple("".join(some) for count in range(4) for some in permutations(FRAMEWORKS, count))
 
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # what weights can be
 
@@ -137,6 +138,8 @@ BEGINNINGS = tuple(member for member in LABELS if member[-1] in "._")
 def ignorable(name: str) -> str | None:
     """The class of leftovers that `name` belongs to, or None."""
     for wrapper in WRAPPERS:
+        if not name.startswith(wrapper):
+            continue
         bare = name.removeprefix(wrapper)
         if bare in LABELS:
             return LABELS[bare]
@@ -164,7 +167,7 @@ LORA_MARKS = (
     ".lora_down. .lora_up. .lora_mid. .lora_A. .lora_B. _lora.down. _lora.up. .lora.down. .lora.up. .hada_w .lokr_w "
     ".lora_magnitude_vector"
 ).split()
-LORA_PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
+LORA_PREFIXES = ("lycoris_", "lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
 EMBEDDING_WIDTHS = (768, 1024, 1280)  # SD 1.x, SD 2.x, the second text encoder of SDXL
 
 
@@ -234,8 +237,10 @@ class Match:
 
 
 def same_but_for_ones(file_shape: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    """Are they equal up to trailing axes of size one? (A 1x1 convolution is a linear layer.)"""
+    """Are they equal up to trailing axes of size one? (A 1x1 convolution is a linear layer; a column is no vector.)"""
     long, short = sorted((file_shape, shape), key=len, reverse=True)
+    if len(short) < 2:
+        return long == short
     return long[: len(short)] == short and all(n == 1 for n in long[len(short) :])
 
 

@@ -116,10 +116,15 @@ def parameterization(path: Path, notes: list[str]) -> object:
 
 
 def checked_schedule(stored: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The settings of a noise schedule. Raises CheckpointError for values that are impossible."""
+    """The settings of a noise schedule. Raises CheckpointError for values that are impossible.
+
+    `_class_name` is among them where the files name another scheduler than DDIM, for who asks for the model's own.
+    """
     settings = {name: value for name, value in stored.items() if not name.startswith("_")}
+    kind = stored.get("_class_name")
+    own = {"_class_name": kind} if isinstance(kind, str) and kind != "DDIMScheduler" else {}
     try:
         check_schedule(settings)
     except ValueError as error:
         raise CheckpointError(f"{where}: {error}") from None
-    return settings
+    return settings | own

@@ -5,16 +5,40 @@ line and exit status 2. Only click is imported here: `minisd --help` does not wa
 group: `paint.py`, `weights.py`, `lora.py`, `parity.py`.
 """
 
+import difflib
 import sys
 
 import click
 
 import minisd
 from minisd.cli import lora, paint, parity, weights
+from minisd.cli.notes import Notes
+
+
+class Commands(click.Group):
+    """The commands by name; what is no command but has several words is a prompt for `generate`."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name in self.commands or name.startswith("-"):
+            return super().resolve_command(ctx, args)
+        if len(name.split()) > 1:
+            return "generate", self.commands["generate"], args
+        raise click.UsageError(f"No such command {name!r}; {self.hint(name, args)}", ctx)
+
+    def hint(self, name: str, args: list[str]) -> str:
+        """The command that may have been meant, or that a prompt was."""
+        close = [known for known in self.commands if known.startswith(name)]
+        close = close or difflib.get_close_matches(name, self.commands)
+        return f"did you mean {' or '.join(close)}?" if close else f'a prompt needs quotes: minisd "{" ".join(args)}"'
 
 
 @click.group(
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, invoke_without_command=True
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    invoke_without_command=True,
 )
 @click.version_option(minisd.__version__, prog_name="minisd")
 @click.pass_context
@@ -28,16 +52,22 @@ for command in (*paint.COMMANDS, *weights.COMMANDS, *lora.COMMANDS, *parity.COMM
     cli.add_command(command)
 
 
+QUOTES = "; a prompt of several words needs quotes"
+
 # How torch says, in a RuntimeError, that something is larger than the memory.
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "storage size calculation overflowed")
 
 
 def main() -> None:
-    """Run the command line; turn every foreseen error into one line and exit status 2."""
+    """Run the command line; turn every foreseen error into one line and exit status 2, every warning into a note.
+
+    Exit status 1, with what was made written: a command says so itself, or a number was not finite.
+    """
     try:
-        status = cli.main(standalone_mode=False)
+        with Notes() as notes:
+            status = cli.main(standalone_mode=False)
     except click.ClickException as error:
-        fail(error.format_message())
+        fail(error.format_message() + (QUOTES if "unexpected extra argument" in error.message else ""))
     except click.Abort:
         sys.exit(130)
     except (ValueError, OSError, MemoryError) as error:
@@ -46,7 +76,7 @@ def main() -> None:
         if not any(words in str(error).lower() for words in OUT_OF_MEMORY):
             raise
         fail(f"not enough memory: {error}; try a smaller --size, fewer --images or --dtype bfloat16")
-    sys.exit(status if isinstance(status, int) else 0)
+    sys.exit(status if isinstance(status, int) and status else notes.status)
 
 
 def fail(message: str) -> None:

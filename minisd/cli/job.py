@@ -1,24 +1,28 @@
 """A painting command at work: its options -> a model and a `Sampling`; the steps -> files and what is said of them."""
 
-import os
+import math
 import secrets
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import click
 import torch
+from click.core import ParameterSource
 from PIL import Image
 from tqdm import tqdm
 
-from minisd.cli.options import text_and_number
+from minisd.cli.options import path_and_number, path_and_token
 from minisd.cli.output import Paths, check_folder, make_grid, parameters, plan_paths, report, write_png
+from minisd.files import shown
 from minisd.pipeline import StableDiffusion, to_pictures
-from minisd.sampling import Sampling, Step
-from minisd.tasks.images import fitting_size
+from minisd.sampling import Sampling, Step, tell_seed
+from minisd.schedulers import DDIMScheduler, named
+from minisd.tasks.images import finished, fitting_size
+from minisd.warn import warn
 
 SomeStep = TypeVar("SomeStep", bound=Step)
 OWN = {field.name for field in fields(Sampling)}
@@ -55,13 +59,19 @@ class Job:
         if options.get("eta") and options["scheduler"] != "ddim":  # a person would wonder; programs pass it along
             raise ValueError("eta is an option of ddim; ddpm is always as random as eta 1, others have theirs")
         sampling = Sampling(**{name: value for name, value in options.items() if name in OWN - {"seed"}})
+        check_eta(sampling)
         sd = load(options)
+        extra |= {"long_prompts": True} if sampling.long_prompts else {}
         extra |= load_adapters(sd, options["loras"], options["embeddings"])
         size = options["size"]
-        height, width = reversed(size) if size else fitting_size(sd, picture) if picture else (None, None)
+        height, width = reversed(size) if size else near_size(sd, picture) if picture else (None, None)
         _, *latent_size = sd.latent_shape(height, width)
         height, width = (side * sd.vae.config.downsampling for side in latent_size)
+        tell_size(sd, size)
+        tell_scheduler(sd, options.get("scheduler"))
         steps, scale = sampling.steps_and_scale(sd.generation)
+        for last in {seed, seed + images - 1}:
+            tell_seed(last)
         generators = [torch.Generator().manual_seed(seed + offset) for offset in range(images)]
         sampling = replace(
             sampling, steps=steps, guidance_scale=scale, height=height, width=width, generator=generators
@@ -107,7 +117,7 @@ class Job:
                 predicted = make_grid(to_pictures(self.sd.decode(step.x0)))
                 path = Path(folder, f"step-{step.index + 1:03}-t{step.timestep:03}.png")
                 write_png(path, predicted, parameters(self.told(), self.extra, self.seed))
-        return to_pictures(self.sd.decode(step.latents))
+        return finished(denoising, to_pictures(self.sd.decode(step.latents)))
 
     def write(
         self,
@@ -133,6 +143,46 @@ class Job:
         report(written, files | told | self.extra | found | seconds, self.options["as_json"])
 
 
+def near_size(sd: StableDiffusion, picture: Image.Image) -> tuple[int, int]:
+    """Height and width for a picture: its own, or, twice the model's own and more or half of it and less, the model's.
+
+    A UNet generates well near the size that it was trained at only, and the time grows with the fourth power.
+    """
+    own, (width, height) = sd.unet.config.sample_size * sd.vae.config.downsampling, picture.size
+    share = own / math.sqrt(width * height)
+    if 0.5 < share < 2:
+        return fitting_size(sd, picture)
+    factor = sd.vae.config.downsampling
+    height, width = (max(factor, round(side * share / factor) * factor) for side in (height, width))
+    warn(
+        f"the picture has {picture.width}x{picture.height} pixels, the model was made for {own}x{own}: "
+        f"it is brought to {width}x{height} (--size {picture.width}x{picture.height} keeps it)"
+    )
+    return height, width
+
+
+def tell_size(sd: StableDiffusion, size: tuple[int, int] | None) -> None:
+    """Warn of a size, width and height, that the model was not made for."""
+    own = sd.unet.config.sample_size * sd.vae.config.downsampling
+    if size and not 0.5 < own / math.sqrt(max(1, size[0] * size[1])) < 2:
+        warn(f"--size {size[0]}x{size[1]}: the model was made for {own}x{own}; far from it, images lose their form")
+
+
+def tell_scheduler(sd: StableDiffusion, scheduler: str | None) -> None:
+    """Warn, where nobody chose the scheduler, that the model's folder names another."""
+    context, own = click.get_current_context(silent=True), sd.scheduler_config.get("_class_name")
+    chosen = context is None or context.get_parameter_source("scheduler") is not ParameterSource.DEFAULT
+    if scheduler == "ddim" and not chosen and own not in (None, "DDIMScheduler"):
+        warn(f"the model's own scheduler is {shown(own)}; ddim is used (--scheduler model takes its own)")
+
+
+def check_eta(sampling: Sampling) -> None:
+    """Raise ValueError for an eta that the scheduler would ignore."""
+    name = sampling.scheduler
+    if sampling.eta and isinstance(name, str) and name != "model" and named(name)[0] is not DDIMScheduler:
+        raise ValueError("eta is an option of ddim; ddpm is always as random as eta 1, others have theirs")
+
+
 def load(options: Mapping[str, Any]) -> StableDiffusion:
     """Load the model; float32 on a CPU and float16 on an accelerator unless asked otherwise."""
     device, dtype = options["device"], options["dtype"]
@@ -142,22 +192,16 @@ def load(options: Mapping[str, Any]) -> StableDiffusion:
     if dtype == "auto":
         dtype = "float32" if device.startswith("cpu") else "float16"
     given = {name: options[name] for name in ("weights", "vae", "prediction")}
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        sd = StableDiffusion.load(options["model"], dtype=getattr(torch, dtype), device=device, **given)
-    for warning in caught:
-        print(f"note: {warning.message}", file=sys.stderr)
-    return sd
+    return StableDiffusion.load(options["model"], dtype=getattr(torch, dtype), device=device, **given)
 
 
 def load_adapters(sd: StableDiffusion, loras: tuple[str, ...], embeddings: tuple[str, ...]) -> dict[str, str]:
     """Load PATH[:SCALE] LoRAs and PATH[:TOKEN] embeddings; returns what belongs among a picture's settings."""
     for lora in loras:
-        sd.load_lora(*text_and_number(lora))
+        for word in sd.load_lora(*path_and_number(lora)).words:
+            print(f"{lora}: has a token for prompts: {word}", file=sys.stderr)
     for embedding in embeddings:
-        path, _, token = embedding.rpartition(":")
-        named = path and not os.path.exists(os.path.expanduser(embedding))
-        words = sd.load_embedding(path, token) if named else sd.load_embedding(embedding)
+        words = sd.load_embedding(*path_and_token(embedding))
         print(f"{embedding}: in prompts as {', '.join(words)}", file=sys.stderr)
     told = {"lora": loras, "embedding": embeddings}
     return {name: ", ".join(given) for name, given in told.items() if given}

@@ -3,6 +3,7 @@
 An option's parameter has the name that the setting has in `minisd.sampling.Sampling`, wherever it is one.
 """
 
+import os
 import re
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -29,6 +30,7 @@ OPTIONS: dict[str, Any] = {
     "output": click.option(
         "-o", "--output", metavar="FILE.png", help="Where to write. [default: named after prompt and seed]"
     ),
+    "picture-output": click.option("-o", "--output", metavar="FILE.png", help="Draw it there. [default: as text]"),
     "gif": click.option("-o", "--output", metavar="FILE.gif", help="[default: named after prompt and seed]"),
     "model": click.option(
         "-m", "--model", default="emoji", show_default=True, help="emoji, sd15, a folder, a file, or a hub id."
@@ -107,19 +109,58 @@ OPTIONS: dict[str, Any] = {
     "weighted": click.option("--weighted", is_flag=True, help="Read (word:1.3), (word) and [word] as weights."),
     "colour": click.option("--colour", help="Guide towards this mean colour: blue, #4080ff, ..."),
     "colour-scale": click.option("--colour-scale", type=float, default=3.0, show_default=True, help="How strongly."),
+    "keep-outside": click.option(
+        "--keep-outside/--no-keep-outside",
+        default=True,
+        help="Put PICTURE's own pixels back outside the mask, or let all go through the VAE.  [default: keep]",
+    ),
+    "long-prompts": click.option(
+        "--long-prompts", is_flag=True, help="Read prompts of more than 75 tokens whole, in windows of 75."
+    ),
     "plain": click.option("--plain", is_flag=True, help="Plain DDIM inversion: one UNet call a step, not exact."),
     "check": click.option("--check", is_flag=True, help="Say where the first NaN is, and how large values get."),
     "start": click.option(
         "--start", type=click.IntRange(0), help="Invert to this step, 0 is noise. [default: a fifth of the steps]"
     ),
 }
+# What the same options are called by other programs; `--help` has one name.
+ALIASES = {
+    "--negative-prompt": "--negative",
+    "--guidance-scale": "--guidance",
+    "--cfg": "--guidance",
+    "--cfg-scale": "--guidance",
+    "--num-images": "--images",
+    "--color": "--colour",
+    "--color-scale": "--colour-scale",
+    "--num-inference-steps": "--steps",
+    "--sampler": "--scheduler",
+}
+
+
+class Painting(click.Command):
+    """A command that knows `ALIASES` of its options."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        own = {name for parameter in self.params for name in parameter.opts}
+        known = {alias: name for alias, name in ALIASES.items() if name in own}
+        end = args.index("--") if "--" in args else len(args)
+        for place, text in enumerate(args[:end]):
+            name, equals, value = text.partition("=")
+            if name in known:
+                args[place] = known[name] + equals + value
+        return super().parse_args(ctx, args)
+
+
 MODEL = ("model", "vae", "weights", "prediction", "lora", "embedding")
 RUN = ("device", "dtype")
 REPORT = ("json", "quiet")
-INVERSION = ("output", *MODEL, "negative", "steps", "guidance", "guidance-rescale", "size", "clip-skip", *RUN, *REPORT)
+INVERSION = (
+    *("output", *MODEL, "negative", "steps", "guidance", "guidance-rescale", "size", "clip-skip", "long-prompts"),
+    *(*RUN, *REPORT),
+)
 GENERATION = (
     *("output", *MODEL, "negative", "seed", "steps", "guidance", "guidance-rescale", "size", "scheduler", "eta"),
-    *("images", "clip-skip", *RUN, "steps-dir", *REPORT),
+    *("images", "clip-skip", "long-prompts", *RUN, "steps-dir", *REPORT),
 )
 
 
@@ -132,6 +173,19 @@ def options(*names: str) -> Callable[[Command], Command]:
         return command
 
     return decorate
+
+
+def path_and_number(text: str) -> tuple[str, float]:
+    """ "style.safetensors:0.8" -> the path and 0.8; a path that is there is taken whole."""
+    return (text, 1.0) if os.path.exists(os.path.expanduser(text)) else text_and_number(text)
+
+
+def path_and_token(text: str) -> tuple[str, str | None]:
+    """ "thing.safetensors:<thing>" -> the path and the token. What is there, a drive's colon and folders are a path."""
+    path, _, token = text.rpartition(":")
+    drive = len(path) == 1 and path.isalpha()
+    whole = not path or drive or "/" in token or "\\" in token or os.path.exists(os.path.expanduser(text))
+    return (text, None) if whole else (path, token)
 
 
 def text_and_number(text: str) -> tuple[str, float]:

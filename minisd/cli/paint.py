@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from minisd.cli.options import GENERATION, INVERSION, REPORT, options, text_and_number
+from minisd.cli.options import GENERATION, INVERSION, REPORT, Painting, options, text_and_number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from minisd.cli.job import Job
 
 
-@click.command()
+@click.command(cls=Painting)
 @click.argument("prompt")
 @options(*GENERATION, "check")
 def generate(prompt: str, check: bool, **options: Any) -> None:
@@ -31,26 +31,24 @@ def generate(prompt: str, check: bool, **options: Any) -> None:
 
 def run_checked(job: "Job") -> None:
     """Generate, and say where the first value is that is not finite, and how large values get."""
-    import numpy as np
-
     from minisd.lab.finite import nan_tracer
 
-    with nan_tracer(job.sd) as trace, np.errstate(invalid="ignore"):  # NaN becomes some byte
+    with nan_tracer(job.sd) as trace:
         pictures = job.run(job.sd.denoise(job.prompt, job.sampling))
     if not job.options["as_json"]:
         click.echo("\n".join(trace.lines()), err=True)
     job.write(pictures, check=trace.as_dict())
 
 
-@click.command()
+@click.command(cls=Painting)
 @click.argument("prompt")
 @click.argument("image", metavar="PICTURE")
 @options("output", "strength", *GENERATION[1:])
 def img2img(prompt: str, image: str, strength: float | None, **options: Any) -> None:
-    """Change PICTURE into what PROMPT says (SDEdit)."""
+    """Change PICTURE into what PROMPT says (SDEdit). What is transparent in it is white."""
     from minisd.cli.job import Job
     from minisd.tasks.image_to_image import first_step, image_to_image
-    from minisd.tasks.images import read_picture
+    from minisd.tasks.pictures import read_picture
 
     strength, picture = 0.8 if strength is None else strength, read_picture(image)
     job = Job.prepare(prompt, options, picture, strength=strength)
@@ -58,25 +56,29 @@ def img2img(prompt: str, image: str, strength: float | None, **options: Any) -> 
     job.write(job.run(image_to_image(job.sd, prompt, picture, strength=strength, **job.settings), taken))
 
 
-@click.command()
+@click.command(cls=Painting)
 @click.argument("prompt")
 @click.argument("image", metavar="PICTURE")
 @click.argument("mask")
-@options("output", "strength", *GENERATION[1:])
-def inpaint(prompt: str, image: str, mask: str, strength: float | None, **options: Any) -> None:
-    """Generate PROMPT in PICTURE where the picture MASK is white."""
+@options("output", "strength", "keep-outside", *GENERATION[1:])
+def inpaint(prompt: str, image: str, mask: str, strength: float | None, keep_outside: bool, **options: Any) -> None:
+    """Generate PROMPT in PICTURE where the picture MASK is white.
+
+    Outside the mask PICTURE stays as it is. What is transparent in MASK is not masked, and in PICTURE it is white.
+    """
     from minisd.cli.job import Job
     from minisd.tasks.image_to_image import first_step
-    from minisd.tasks.images import read_picture
     from minisd.tasks.inpainting import inpaint
+    from minisd.tasks.pictures import read_mask, read_picture
 
-    strength, picture, hole = 1.0 if strength is None else strength, read_picture(image), read_picture(mask)
+    strength, picture, hole = 1.0 if strength is None else strength, read_picture(image), read_mask(mask)
     job = Job.prepare(prompt, options, picture, strength=strength)
     taken = job.steps - first_step(job.steps, strength)
-    job.write(job.run(inpaint(job.sd, prompt, picture, hole, strength=strength, **job.settings), taken))
+    steps = inpaint(job.sd, prompt, picture, hole, strength=strength, keep_outside=keep_outside, **job.settings)
+    job.write(job.run(steps, taken))
 
 
-@click.command()
+@click.command(cls=Painting)
 @click.argument("prompt")
 @click.argument("image", metavar="PICTURE")
 @options(*INVERSION, "plain")
@@ -109,7 +111,7 @@ def invert(prompt: str, image: str, plain: bool, **options: Any) -> None:
     job.write(trip.pictures, **found, noise=str(noise))
 
 
-@click.command()
+@click.command(cls=Painting)
 @click.argument("prompt")
 @click.argument("new_prompt")
 @click.argument("image", metavar="PICTURE")
@@ -131,7 +133,8 @@ def prepare_inversion(
 ) -> tuple["Job", "Tensor", "Tensor"]:
     """The job, the picture as an image (1, 3, H, W), and its latents."""
     from minisd.cli.job import Job
-    from minisd.tasks.images import mean_latents, read_picture, to_images
+    from minisd.tasks.images import mean_latents
+    from minisd.tasks.pictures import read_picture, to_images
 
     picture = read_picture(image)
     job = Job.prepare(prompt, options, picture, **extra)
@@ -139,8 +142,8 @@ def prepare_inversion(
     return job, images, mean_latents(job.sd, images)
 
 
-@click.command()
-@options("output", "model", "steps", "scheduler", "set", REPORT[0])
+@click.command(cls=Painting)
+@options("picture-output", "model", "steps", "scheduler", "set", REPORT[0])
 def schedule(
     output: str | None, model: str, steps: int | None, scheduler: str, changes: tuple[str, ...], as_json: bool
 ) -> None:
@@ -164,7 +167,7 @@ def schedule(
     report([path] if path else [], {**told, "alphas_cumprod": made.alphas_cumprod.tolist()}, as_json)
 
 
-@click.command()
+@click.command(cls=Painting)
 @click.argument("prompt")
 @click.argument("to_prompt", required=False)
 @options("gif", "frames", "to-seed", "pictures", "seed", *INVERSION[1:])
@@ -182,8 +185,8 @@ def interpolate(
     """
     from minisd.cli.job import Job
     from minisd.cli.output import check_no_folder, write_picture
-    from minisd.tasks.images import read_picture
     from minisd.tasks.interpolation import interpolate, make_strip
+    from minisd.tasks.pictures import read_picture
 
     output = options["output"]
     if output is not None and not output.lower().endswith(".gif"):
@@ -205,8 +208,9 @@ def interpolate(
 
 def inverted(job: "Job", prompts: tuple[str, str], ends: list[Any]) -> tuple["Tensor", "Tensor"]:
     """The noise of two pictures."""
-    from minisd.tasks.images import mean_latents, to_images
+    from minisd.tasks.images import mean_latents
     from minisd.tasks.inversion import invert
+    from minisd.tasks.pictures import to_images
 
     images = to_images(ends, *job.size)
     *_, top = job.progress(invert(job.sd, list(prompts), mean_latents(job.sd, images), **job.settings))
@@ -217,14 +221,17 @@ def drawn(job: "Job", to_seed: int | None) -> tuple["Tensor", "Tensor"]:
     """The noise of two seeds."""
     import torch
 
+    from minisd.sampling import tell_seed
+
     seeds = job.seed, job.seed + 1 if to_seed is None else to_seed
     job.extra["to_seed"] = seeds[1]
     shape = (1, *job.sd.latent_shape(*job.size))
+    tell_seed(seeds[1])
     one, other = (job.sd.initial_noise(shape, torch.Generator().manual_seed(seed), None) for seed in seeds)
     return one, other
 
 
-@click.command()
+@click.command(cls=Painting)
 @click.argument("prompt")
 @options("output", "and", "weight", "weighted", "colour", "colour-scale", *GENERATION[1:])
 def guide(
@@ -248,12 +255,14 @@ def guide(
     extra |= {"and": "; ".join(others), "prompt_weight": weight} if others else {}
     extra |= {"colour": colour, "colour_scale": colour_scale} if colour is not None else {}
     job = Job.prepare(prompt, options, **extra)
-    sd, settings = job.sd, job.settings
+    sd, settings, long_prompts = job.sd, job.settings, job.sampling.long_prompts
 
     def read(text: str) -> Any:
-        return weighted_context(sd, text, job.sampling.clip_skip) if weighted else text
+        return weighted_context(sd, text, job.sampling.clip_skip, long_prompts) if weighted else text
 
-    predict_noise = compose(sd, [(read(text), w) for text, w in several], weight) if several else sd.predict_noise
+    predict_noise: Any = sd.predict_noise
+    if several:
+        predict_noise = compose(sd, [(read(text), share) for text, share in several], weight, long_prompts)
     if loss is not None:
         scheduler = job.sampling.scheduler
         predict_noise = LossGuidance(sd, loss, scale=colour_scale, scheduler=scheduler, predict_noise=predict_noise)

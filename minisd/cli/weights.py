@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from minisd.cli.options import text_and_number
+from minisd.cli.options import path_and_number
 from minisd.files import write_whole
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -149,7 +149,7 @@ def merge(
         target=target,
         blocks=numbers(blocks) if blocks is not None else None,
         take=components_and_paths(take),
-        loras=[text_and_number(text) for text in loras],
+        loras=[path_and_number(text) for text in loras],
         dtype=getattr(torch, dtype) if dtype else None,
         **settings,
     )

@@ -14,6 +14,8 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from minisd.warn import check_finite
+
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
@@ -93,6 +95,7 @@ class VaeImageProcessor:
         check_output_type(output_type)
         if output_type == "latent":
             return image
+        check_finite(image, "images out of the VAE")
         image = (image * 0.5 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return image

@@ -6,10 +6,11 @@ finish(sd, image_to_image(sd, "sun", read_picture("heart.png"), strength=0.6, se
 
 from minisd.tasks.guidance import LossGuidance, colour_loss, compose, weighted_context
 from minisd.tasks.image_to_image import image_to_image
-from minisd.tasks.images import encode_pictures, finish, mean_latents, psnr, read_picture, to_images
+from minisd.tasks.images import encode_pictures, finish, mean_latents, psnr
 from minisd.tasks.inpainting import inpaint
 from minisd.tasks.interpolation import interpolate, slerp
 from minisd.tasks.inversion import edit, invert, reconstruct, round_trip
+from minisd.tasks.pictures import read_mask, read_picture, to_images
 
 __all__ = [
     "LossGuidance",
@@ -24,6 +25,7 @@ __all__ = [
     "invert",
     "mean_latents",
     "psnr",
+    "read_mask",
     "read_picture",
     "reconstruct",
     "round_trip",

@@ -15,14 +15,17 @@ import torch
 from PIL import ImageColor
 from torch import Tensor
 
-from minisd.pipeline import StableDiffusion, rescale_guidance
+from minisd.context import same_length
+from minisd.pipeline import StableDiffusion, check_channels, rescale_guidance
 from minisd.sampling import PredictNoise, Texts
 from minisd.schedulers import Scheduler, equations
 
 # ------------------------------------------------ several prompts
 
 
-def compose(sd: StableDiffusion, others: Sequence[tuple[Texts, float]], weight: float = 1.0) -> PredictNoise:
+def compose(
+    sd: StableDiffusion, others: Sequence[tuple[Texts, float]], weight: float = 1.0, long_prompts: bool = False
+) -> PredictNoise:
     """A `predict_noise` that follows the prompt with `weight`, and `others`, (text, weight) each, at the same time.
 
     Liu et al. 2022, Compositional Visual Generation with Composable Diffusion Models, arXiv:2206.01714, eq. 11:
@@ -30,16 +33,18 @@ def compose(sd: StableDiffusion, others: Sequence[tuple[Texts, float]], weight: 
     up to about 1; without guidance (a scale up to 1) there is nothing to compose, which is a ValueError.
     """
     with torch.no_grad():
-        contexts = [sd.encode_prompt(text, None) for text, _ in others]
+        contexts = [sd.encode_prompt(text, None, long_prompts=long_prompts) for text, _ in others]
     weights = [weight, *(weight for _, weight in others)]
 
     def predict_noise(x: Tensor, t: Tensor, context: Tensor, guidance_scale: float, rescale: float = 0.0) -> Tensor:
         if guidance_scale <= 1:
             raise ValueError(f"guidance_scale={guidance_scale}: must be above 1 to compose prompts")
-        several = torch.cat([context, *(one.expand(len(x), -1, -1) for one in contexts)])  # negative, prompt, others
+        check_channels(sd, x)
+        each_of = [context, *(one.expand(len(x), -1, -1) for one in contexts)]  # negative and prompt, others
+        several = torch.cat(same_length(sd, each_of))
         negative, *each = sd.unet(torch.cat([x] * (2 + len(contexts))), t, several).chunk(2 + len(contexts))
         direction = sum(
-            (weight * (eps - negative) for weight, eps in zip(weights, each, strict=True)), torch.zeros_like(x)
+            (weight * (eps - negative) for weight, eps in zip(weights, each, strict=True)), torch.zeros_like(negative)
         )
         eps = negative + guidance_scale * direction
         return rescale_guidance(eps, negative + direction, rescale) if rescale > 0 else eps
@@ -84,36 +89,40 @@ def parse_weights(text: str) -> list[tuple[str, float]]:
     return pieces
 
 
-def weighted_context(sd: StableDiffusion, prompts: str | Sequence[str], clip_skip: int = 0) -> Tensor:
-    """Prompts with weights -> context (B, 77, D), to be given in the place of a prompt.
+def weighted_context(
+    sd: StableDiffusion, prompts: str | Sequence[str], clip_skip: int = 0, long_prompts: bool = False
+) -> Tensor:
+    """Prompts with weights -> context (B, 77, D), to be given in the place of a prompt; (B, 77 n, D) `long_prompts`.
 
     Each token's vector is multiplied by its weight; then all are scaled so that the mean of the whole context is what
     it was. That is the normalisation of AUTOMATIC1111's web UI ("original" emphasis).
     """
-    return torch.cat([_weighted(sd, text, clip_skip) for text in ([prompts] if isinstance(prompts, str) else prompts)])
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    return torch.cat(same_length(sd, [_weighted(sd, text, clip_skip, long_prompts) for text in texts]))
 
 
 @torch.no_grad()
-def _weighted(sd: StableDiffusion, text: str, clip_skip: int) -> Tensor:
+def _weighted(sd: StableDiffusion, text: str, clip_skip: int, long_prompts: bool) -> Tensor:
     pieces = parse_weights(text)
     plain = "".join(words for words, _ in pieces)
-    context = sd.encode_prompt([plain], None, clip_skip=clip_skip)  # (1, T, D)
-    weights = torch.ones(context.shape[1])
-    before, place = "", 1  # after the start token
+    context = sd.encode_prompt([plain], None, clip_skip=clip_skip, long_prompts=long_prompts)  # (1, 77 n, D)
+    length = sd.tokenizer.context_length
+    weights = torch.ones(context.shape[1] // length, length)  # by window
+    before, first = "", 0
     for words, weight in pieces:
         before += words
-        after = min(count_tokens(sd, before), len(weights) - 2) + 1
-        weights[place:after] = weight
-        place = after
-    weighted = context * weights.to(context)[None, :, None]
+        last = min(count_tokens(sd, before), len(weights) * (length - 2))
+        for place in range(first, last):
+            window, column = divmod(place, length - 2)
+            weights[window, 1 + column] = weight  # behind the window's start token
+        first = max(first, last)
+    weighted = context * weights.reshape(1, -1, 1).to(context)
     return weighted * (context.float().mean() / weighted.float().mean()).to(context)
 
 
 def count_tokens(sd: StableDiffusion, text: str) -> int:
     """How many tokens a text has, without start, end and padding."""
-    ids = sd.tokenizer([text])[0].tolist()
-    end = sd.tokenizer([""])[0].tolist()[1]
-    return ids.index(end, 1) - 1
+    return len(sd.tokenizer.ids(text))
 
 
 # ------------------------------------------------ a loss
@@ -152,9 +161,10 @@ class LossGuidance:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             output = self.predict_noise(x, t, *settings)
-            x0 = equations.x0_from_output(output, x, alpha_bar, kind)
+            noisy = x[:, : output.shape[1]]  # an inpainting model is given its mask too, behind the latents
+            x0 = equations.x0_from_output(output, noisy, alpha_bar, kind)
             losses = self.loss(self.sd.vae.decode(x0 / self.sd.vae.scaling_factor))
-            (slope,) = torch.autograd.grad(losses.sum(), x)
+            slope = torch.autograd.grad(losses.sum(), x)[0][:, : output.shape[1]]
         push = self.scale * slope * unit_length(slope, like=output)
         return towards(output.detach(), push, alpha_bar, kind)
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from minisd.noise import draw_noise
 from minisd.pipeline import StableDiffusion
 from minisd.sampling import Sampling, Step, Texts, list_of_texts
-from minisd.tasks.images import Pictures, as_list, encode_pictures, fitting_size, to_images
+from minisd.tasks.images import encode_pictures, fitting_size
+from minisd.tasks.pictures import Pictures, as_list, to_images
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -1,45 +1,20 @@
-"""Pictures in: files -> PIL images -> tensors -> latents. And out again, with what was lost on the way.
+"""Images to latents, and latents to pictures, with what was lost on the way.
 
-Every task that begins with a picture begins here; `image_to_image.py` is the first.
+How pictures come in: `pictures.py`. Every task that begins with one goes on here; `image_to_image.py` is the first.
 """
 
 import math
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
-from einops import rearrange
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from minisd.noise import Generators
 from minisd.pipeline import StableDiffusion, to_pictures
 from minisd.sampling import Step
-
-Pictures = Image.Image | Sequence[Image.Image]
-
-
-def read_picture(path: str | os.PathLike[str]) -> Image.Image:
-    """Any picture file -> RGB; what is transparent becomes white. Raises ValueError for a file that is no picture."""
-    try:
-        with Image.open(os.path.expanduser(path)) as file:
-            picture = ImageOps.exif_transpose(file).convert("RGBA")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"
-        raise ValueError(f"{path}: is not a picture that can be read{reason}") from None
-    ground = Image.new("RGBA", picture.size, "white")
-    return Image.alpha_composite(ground, picture).convert("RGB")
-
-
-def as_list(pictures: Pictures) -> list[Image.Image]:
-    """One picture or several -> a list. Raises ValueError for anything else, or none."""
-    found = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
-    if not found or not all(isinstance(picture, Image.Image) for picture in found):
-        raise ValueError("image: must be a PIL image, or a list of at least one")
-    return found
+from minisd.warn import check_finite
 
 
 def fitting_size(
@@ -52,13 +27,6 @@ def fitting_size(
         raise ValueError(f"image: {picture.width}x{picture.height} pixels are too few; give height and width")
     sd.latent_shape(height, width)
     return height, width
-
-
-def to_images(pictures: Sequence[Image.Image], height: int, width: int) -> Tensor:
-    """PIL images -> (n, 3, H, W) float32 in [-1, 1], resized if need be (Lanczos, as diffusers does)."""
-    resized = [picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS) for picture in pictures]
-    pixels = np.stack([np.asarray(picture, dtype=np.float32) for picture in resized]) / 255
-    return 2 * rearrange(torch.from_numpy(pixels), "n h w c -> n c h w") - 1
 
 
 @torch.no_grad()
@@ -81,13 +49,16 @@ def encode_pictures(sd: StableDiffusion, images: Tensor, count: int, generator: 
     else:
         gaussians = [sd.vae.encode(image) for image in images.split(1)]
         latents = torch.cat([gaussians[i // copies].sample(own) for i, own in enumerate(generator)])
+    check_finite(latents, "latents out of the VAE's encoder")
     return sd.vae.scaling_factor * latents
 
 
 @torch.no_grad()
 def mean_latents(sd: StableDiffusion, images: Tensor) -> Tensor:
     """Images (n, 3, H, W) -> scaled latents (n, 4, H/8, W/8), nothing drawn: the middle of the VAE's Gaussian."""
-    return sd.vae.scaling_factor * sd.vae.encode(images.to(sd.device, sd.dtype)).mode()
+    latents = sd.vae.encode(images.to(sd.device, sd.dtype)).mode()
+    check_finite(latents, "latents out of the VAE's encoder")
+    return sd.vae.scaling_factor * latents
 
 
 def size_of(sd: StableDiffusion, latents: Tensor) -> tuple[int, int]:
@@ -104,9 +75,18 @@ def decoded(sd: StableDiffusion, latents: Tensor) -> list[Image.Image]:
 
 @torch.no_grad()
 def finish(sd: StableDiffusion, steps: Iterable[Step]) -> list[Image.Image]:
-    """Run the loop to its last step, and decode: finish(sd, image_to_image(sd, "sun", picture)) -> images."""
+    """Run the loop to its last step, and decode: finish(sd, image_to_image(sd, "sun", picture)) -> images.
+
+    What `inpaint` was told to keep is put back: see `Inpainting.finish`.
+    """
     *_, last = steps
-    return decoded(sd, last.latents)
+    return finished(steps, decoded(sd, last.latents))
+
+
+def finished(steps: Iterable[Step], pictures: list[Image.Image]) -> list[Image.Image]:
+    """The decoded pictures of a task, after what it has to do with them at last."""
+    finish: Callable[[list[Image.Image]], list[Image.Image]] | None = getattr(steps, "finish", None)
+    return pictures if finish is None else finish(pictures)
 
 
 def psnr(one: Image.Image, other: Image.Image) -> float:

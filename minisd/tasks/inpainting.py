@@ -8,7 +8,7 @@ In: an image, a mask (white: generate here), a prompt. Out: the steps of `denois
                                    the channels (Rombach et al. 2022, arXiv:2112.10752, section 4.5)
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +19,11 @@ from PIL import Image
 from torch import Tensor
 
 from minisd.noise import draw_noise
-from minisd.pipeline import StableDiffusion
+from minisd.pipeline import StableDiffusion, to_pictures
 from minisd.sampling import Sampling, Step, Texts, list_of_texts
 from minisd.tasks.image_to_image import first_step
-from minisd.tasks.images import Pictures, as_list, encode_pictures, fitting_size, to_images
+from minisd.tasks.images import encode_pictures, fitting_size
+from minisd.tasks.pictures import Pictures, as_list, as_mask, to_images
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -37,17 +38,25 @@ def inpaint(
     mask: Pictures,
     *,
     strength: float = 1.0,
+    keep_outside: bool = True,
+    mask_grid: str = "any",
     **settings: "Unpack[Settings]",
-) -> Iterator[Step]:
+) -> "Inpainting":
     """Generate `prompt` where `mask` is white (at least half bright), one `Step` at a time.
 
-    `image` and `mask`: one, or one for each prompt, all of one size. `strength` below 1 begins with the image's own
-    content under the mask. `settings` are those of `denoise`; `height`, `width` are the image's own unless given.
+    `image` and `mask`: one, or one for each prompt, all of one size. What is transparent in a mask is not masked.
+    `strength` below 1 begins with the image's own content under the mask. `settings` are those of `denoise`; `height`,
+    `width` are the image's own unless given.
 
-    The same numbers as diffusers' StableDiffusionInpaintPipeline, with two intended exceptions: several prompts times
-    several images each stay together, where diffusers pairs them crosswise; and given a list of generators each
-    image draws from its own only, where diffusers draws one image's latents from the first. Raises ValueError for
-    a setting that is impossible, and for a checkpoint that can do neither way.
+    `keep_outside`: `finish` puts the image's own pixels back outside the mask, which the VAE would change a little.
+    `mask_grid`: which latents are generated: "any", those of whose 8x8 pixels one is masked, so that thin strokes
+    count; "nearest", those whose first pixel is masked, as diffusers does.
+
+    With keep_outside=False and mask_grid="nearest" the same numbers as diffusers' StableDiffusionInpaintPipeline, with
+    two intended exceptions: several prompts times several images each stay together, where diffusers pairs them
+    crosswise; and given a list of generators each image draws from its own only, where diffusers draws one image's
+    latents from the first. Raises ValueError for a setting that is impossible, and for a checkpoint that can do
+    neither way.
     """
     sampling, pictures, nine = Sampling(**settings).with_generator(), as_list(image), sees_mask(sd)
     steps, _ = sampling.steps_and_scale(sd.generation)
@@ -57,8 +66,8 @@ def inpaint(
     count = len(list_of_texts("prompt", prompt)) * sampling.images_per_prompt
     channels, *size = sd.latent_shape(height, width)
 
-    images, pixels = to_images(pictures, height, width), to_mask(as_list(mask), pictures, height, width)
-    holes = F.interpolate(pixels, size=size).to(sd.device, sd.dtype)  # (n, 1, H/8, W/8)
+    images, pixels = to_images(pictures, height, width), to_mask(as_list(mask, "mask"), pictures, height, width)
+    holes = on_grid(pixels, size, mask_grid).to(sd.device, sd.dtype)  # (n, 1, H/8, W/8)
     holes = holes.repeat_interleave(count // len(holes), dim=0)
 
     # Three draws, in the order that diffusers makes them: the image, the noise, the image without the masked part.
@@ -66,7 +75,55 @@ def inpaint(
     noise = draw_noise(torch.Size((count, channels, *size)), generator, sd.device, sd.dtype)
     # The last is drawn in any case: the noise of later steps depends on how much was drawn before.
     outside = encode_pictures(sd, images * (pixels < 0.5), count, generator)
-    return denoise_region(sd, prompt, Region(holes, x0, noise, outside), sampling, start, noised=strength < 1)
+    region = Region(holes, x0, noise, outside)
+    loop = denoise_region(sd, prompt, region, sampling, start, noised=strength < 1)
+    return Inpainting(loop, images, pixels if keep_outside else None)
+
+
+@dataclass
+class Inpainting(Iterator[Step]):
+    """The steps of inpainting, and what is to be done with the pictures after them."""
+
+    steps: Iterator[Step]
+    images: Tensor  # (n, 3, H, W) in [-1, 1], the originals
+    mask: Tensor | None  # (n, 1, H, W), 1 where to generate; None: nothing is put back
+
+    def __next__(self) -> Step:
+        return next(self.steps)
+
+    def finish(self, pictures: list[Image.Image]) -> list[Image.Image]:
+        """Decoded pictures, several for each original in a row -> the same with the originals outside the mask.
+
+        Generated pixels fade in from the mask's border inwards, so that there is no seam: outside the mask every pixel
+        is the original's.
+        """
+        if self.mask is None:
+            return pictures
+        originals, shares = to_pictures(self.images), soft(self.mask)[:, 0, :, :, None].numpy()
+        kept = []
+        for index, picture in enumerate(pictures):
+            original = np.asarray(originals[index * len(originals) // len(pictures)], dtype=np.float32)
+            share = shares[index * len(shares) // len(pictures)]
+            kept.append(original + share * (np.asarray(picture, dtype=np.float32) - original))
+        return [Image.fromarray(pixels.round().astype(np.uint8)) for pixels in kept]
+
+
+def on_grid(pixels: Tensor, size: Sequence[int], rule: str) -> Tensor:
+    """A mask (n, 1, H, W) at the size of the latents: see `inpaint`. Raises ValueError for another rule."""
+    if rule == "any":
+        return F.adaptive_max_pool2d(pixels, tuple(size))
+    if rule == "nearest":
+        return F.interpolate(pixels, size=tuple(size))
+    raise ValueError(f"mask_grid={rule!r}: must be 'any' or 'nearest'")
+
+
+def soft(mask: Tensor) -> Tensor:
+    """A mask (n, 1, H, W) whose border fades inwards over half a latent: 0 outside, up to 1 inside.
+
+    The mean of the neighbourhood, relative to the largest near by: so that a thin stroke is not faint.
+    """
+    mean = F.avg_pool2d(mask, kernel_size=9, stride=1, padding=4, count_include_pad=False)
+    return mask * mean / F.max_pool2d(mean, kernel_size=9, stride=1, padding=4).clamp(min=1e-6)
 
 
 @dataclass
@@ -127,6 +184,6 @@ def to_mask(masks: list[Image.Image], pictures: list[Image.Image], height: int, 
             raise ValueError(f"mask: has {sizes[0]} pixels, and the picture {sizes[1]}; must be the same")
     if len(masks) not in (1, len(pictures)):
         raise ValueError(f"mask: {len(masks)} given for {len(pictures)} pictures; give one, or one each")
-    grey = [mask.convert("L").resize((width, height), Image.Resampling.LANCZOS) for mask in masks]
+    grey = [as_mask(mask).resize((width, height), Image.Resampling.LANCZOS) for mask in masks]
     bright = np.stack([np.asarray(mask, dtype=np.float32) for mask in grey]) / 255
     return torch.from_numpy(bright >= 0.5)[:, None].float()

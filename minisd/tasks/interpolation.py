@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from minisd.context import same_length
 from minisd.pipeline import StableDiffusion
 from minisd.sampling import Sampling, Step, Texts
 from minisd.tasks.images import size_of
@@ -63,7 +64,9 @@ def interpolate(
         raise ValueError(f"noises: {tuple(noises[0].shape)} and {tuple(noises[1].shape)}; must have one shape")
     weights = [index / (frames - 1) for index in range(frames)]
     with torch.no_grad():
-        first, last = (sd.encode_prompt(prompt, None, clip_skip=sampling.clip_skip) for prompt in prompts)
+        skip, long = sampling.clip_skip, sampling.long_prompts
+        ends = [sd.encode_prompt(prompt, None, clip_skip=skip, long_prompts=long) for prompt in prompts]
+        first, last = same_length(sd, ends)
     latents = torch.stack([slerp(*noises, weight) for weight in weights], dim=1).flatten(0, 1)  # (B * frames, 4, ...)
     context = torch.stack([lerp(first, last, weight) for weight in weights], dim=1).flatten(0, 1)  # (B * frames, 77, D)
     height, width = size_of(sd, latents)

@@ -400,3 +400,28 @@ def test_broken_added_tokens_in_metadata(added):
     stored = json.loads(to_json(TOKENIZER)) | {"added": added}
     with pytest.raises(minisd.CheckpointError):
         from_json(json.dumps(stored))
+
+
+@pytest.mark.parametrize("names", [("hero", "hero_1"), ("hero_1", "hero"), ("Hero_1", "hERO")])
+def test_words_that_would_mean_another_too(names):
+    """Tokens belong together by their names alone, in files and in diffusers: the second word is refused by name."""
+    sd = tiny_model()
+    vector = torch.randn(1, sd.config.text_encoder.width)
+    sd.load_embedding(vector, names[0])
+    before = sd.tokenizer
+    with pytest.raises(ValueError, match=r"(?i)token='hero': in prompts it would mean 'hero_1' too"):
+        sd.load_embedding(vector, names[1])
+    assert sd.tokenizer is before
+    sd.load_embedding(vector, "hero_2")  # behind a gap: it belongs to nothing
+    if names[0] == "hero":
+        assert sd.tokenizer.tokens("hero")[1:-1] == ["hero"]
+
+
+def test_words_of_a_file_that_would_mean_each_other(tmp_path):
+    sd = tiny_model()
+    width = sd.config.text_encoder.width
+    save_file({"cat": torch.randn(2, width), "cat_2": torch.randn(1, width)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="token='cat': in prompts it would mean 'cat_2' too"):
+        sd.load_embedding(tmp_path / "a.safetensors")
+    save_file({"cat": torch.randn(2, width), "dog": torch.randn(1, width)}, tmp_path / "b.safetensors")
+    assert sorted(sd.load_embedding(tmp_path / "b.safetensors")) == ["cat", "dog"]

@@ -269,6 +269,11 @@ def special(kind: str, out: int, width: int, kernel: tuple[int, ...], rank: int 
             [torch.cat([one[i // (out // 4), j] * other[i % (out // 4)] for j in range(2)]) for i in range(out)]
         )
         return {"lokr_w1": one, "lokr_w2": other}, whole
+    if kind == "lokr, Tucker":
+        one, core, left, right = some(4, 2), some(rank, rank, *kernel), some(rank, out // 4), some(rank, width // 2)
+        other = torch.einsum("ijkl,ip,jr->prkl", core, left, right).contiguous()
+        parts = {"lokr_w1": one, "lokr_t2": core, "lokr_w2_a": left, "lokr_w2_b": right}
+        return parts, torch.kron(one[..., None, None], other)
     if kind == "lokr, low-rank":
         one, a, b = some(4, 2), some(out // 4, rank), some(rank, width // 2 * size)
         return {"lokr_w1": one, "lokr_w2_a": a, "lokr_w2_b": b}, torch.kron(one, a @ b).reshape(out, width, *kernel)
@@ -277,8 +282,9 @@ def special(kind: str, out: int, width: int, kernel: tuple[int, ...], rank: int 
     return {"lora_up.weight": up, "lora_mid.weight": mid, "lora_down.weight": down}, whole
 
 
-@pytest.mark.parametrize("kind", ["loha", "loha, Tucker", "lokr", "lokr, low-rank", "Tucker"])
-def test_lycoris(tmp_path, kind):
+@pytest.mark.parametrize("prefix", ["lora_unet", "lycoris"])
+@pytest.mark.parametrize("kind", ["loha", "loha, Tucker", "lokr", "lokr, Tucker", "lokr, low-rank", "Tucker"])
+def test_lycoris(tmp_path, kind, prefix):
     """LoHa, LoKr, and LoCon around a Tucker core: the change by hand, and the same beside the layer."""
     sd = tiny_model()
     alpha = 2.0
@@ -289,6 +295,7 @@ def test_lycoris(tmp_path, kind):
         if "Tucker" in kind and not kernel:
             continue
         parts, whole = special(kind, out, width, tuple(kernel))
+        name = name.replace("lora_unet", prefix)
         tensors |= {f"{name}.{part}": value for part, value in parts.items()} | {f"{name}.alpha": torch.tensor(alpha)}
         expected[ours] = whole * (1 if kind == "lokr" else alpha / 4)
     lora_ = sd.load_lora(write(tmp_path / "a.safetensors", tensors), 0.5)
@@ -519,6 +526,10 @@ BAD = {
     "IA3": ({f"{KEY}.weight": torch.zeros(2), f"{KEY}.on_input": torch.tensor(True)}, "is IA3"),
     "OFT": ({f"{KEY}.oft_blocks": torch.zeros(2, 2)}, "is OFT"),
     "diff": (MID_DOWN | MID_UP | {f"{KEY}.diff_b": torch.zeros(32)}, "full differences of weights"),
+    "biases of layers": (MID_DOWN | MID_UP | {f"{KEY}.bias": torch.zeros(32)}, "a LoRA with biases .PEFT"),
+    "whole weights": (MID_DOWN | MID_UP | {"unet.conv_out.weight": torch.zeros(4)}, "whole weights .PEFT's modules_to"),
+    "LoHa, misshapen": ({f"{KEY}.hada_w{n}_{side}": torch.zeros(2, 2) for n in "12" for side in "ab"}, "come out"),
+    "LoKr, a vector": ({f"{KEY}.lokr_w1": torch.zeros(3), f"{KEY}.lokr_w2": torch.zeros(5, 5)}, "come out"),
     "biases": (MID_DOWN | MID_UP | {f"{KEY}.lora_B.bias": torch.zeros(32)}, "a LoRA with biases"),
     "an embedding": ({"emb_params": torch.zeros(1, 64)}, "is a textual inversion embedding, not a LoRA"),
     "something else": ({"weight": torch.zeros(1)}, r"is not a LoRA for this model: .*1 tensors \(weight\)"),

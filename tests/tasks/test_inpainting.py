@@ -64,7 +64,8 @@ def test_diffusers_pictures(inpainters, channels, settings):
         generator=seeded(),
         **settings,
     ).images
-    mine = finish(ours, inpaint(ours, "a cat", picture, mask, steps=5, seed=7, images_per_prompt=count, **settings))
+    settings |= {"images_per_prompt": count, "keep_outside": False, "mask_grid": "nearest"}
+    mine = finish(ours, inpaint(ours, "a cat", picture, mask, steps=5, seed=7, **settings))
     assert same(mine, reference)
 
 
@@ -98,7 +99,7 @@ def test_the_hole_is_painted_and_the_rest_survives(emoji, disc, hole, side):
     small.paste(disc.resize((side * 5 // 8, side * 5 // 8)), (side * 3 // 16, side * 3 // 16))
     settings = {"steps": 20, "guidance_scale": 4.0, "images_per_prompt": 4}
     generators = [seeded(seed) for seed in (1, 2, 3, 4)]
-    painted = finish(emoji, inpaint(emoji, "sun", small, hole, generator=generators, **settings))
+    painted = finish(emoji, inpaint(emoji, "sun", small, hole, generator=generators, keep_outside=False, **settings))
     assert middle(small)[1] < 60
     assert sum(middle(picture)[[0, 1]].min() > 100 for picture in painted) >= 3, [middle(p) for p in painted]
     lost = [abs(rim(picture) - rim(small)).mean() for picture in painted]  # by the VAE, which sees all at once
@@ -124,6 +125,8 @@ def test_an_empty_mask_changes_nothing(emoji, disc):
 
     nothing = Image.new("L", disc.size, 0)
     (painted,) = finish(emoji, inpaint(emoji, "sun", disc, nothing, steps=3, seed=1))
+    assert same([painted], [disc])
+    (painted,) = finish(emoji, inpaint(emoji, "sun", disc, nothing, steps=3, seed=1, keep_outside=False))
     latents = encode_pictures(emoji, to_images([disc], disc.height, disc.width), 1, seeded(1))
     with torch.no_grad():
         assert psnr(painted, to_pictures(emoji.decode(latents))[0]) > 45
@@ -142,6 +145,43 @@ def test_a_batch_paints_what_its_members_paint_alone(emoji, disc, hole, side):
         (alone,) = finish(emoji, inpaint(emoji, *sources[index // 2], seed=index, **settings))
         assert abs(pixels(picture) - pixels(alone)).max() <= 1
     assert abs(pixels(batch[0]) - pixels(batch[1])).max() > 10
+
+
+@pytest.mark.parametrize("size", [(56, 72), (60, 75)])
+def test_every_pixel_outside_the_mask_is_the_pictures_own(ours, size):
+    """Whatever the size, for every copy; inside it is another picture, also under a stroke of two pixels."""
+    picture, mask = draw_disc(80, "red", "blue").resize(size), Image.new("L", size, 0)
+    mask.paste(255, (20, 10, 22, 50))
+    mask.paste(255, (35, 10, 50, 40))
+    steps = inpaint(ours, "a cat", picture, mask, steps=2, seed=1, images_per_prompt=2, height=56, width=72)
+    resized = pixels(picture.resize((72, 56), Image.Resampling.LANCZOS))[0]
+    open_ = to_mask([mask], [mask], 56, 72)[0, 0].bool().numpy()
+    for painted in finish(ours, steps):
+        change = abs(pixels(painted)[0] - resized).max(-1)
+        assert not change[~open_].any() and (change[open_] > 0).mean() > 0.9
+        assert change[:, :30][open_[:, :30]].mean() > 20
+
+
+def test_any_masked_pixel_opens_its_latent():
+    from minisd.tasks.inpainting import on_grid
+
+    mask = torch.zeros(1, 1, 32, 40)
+    mask[..., 15, 23] = 1
+    assert on_grid(mask, (4, 5), "any").nonzero().tolist() == [[0, 0, 1, 2]]
+    assert not on_grid(mask, (4, 5), "nearest").any()
+    with pytest.raises(ValueError, match="mask_grid='some'"):
+        on_grid(mask, (4, 5), "some")
+
+
+def test_the_seam_is_soft():
+    from minisd.tasks.inpainting import soft
+
+    mask = torch.zeros(1, 1, 32, 32)
+    mask[..., 12:] = 1
+    row = soft(mask)[0, 0, 16]
+    assert not row[:12].any() and (row[12:17].diff() > 0.05).all() and (row[17:] == 1).all()
+    mask[..., 13:] = 0  # a stroke of one pixel is not faint
+    assert soft(mask)[0, 0, 16, 12] == 1
 
 
 @pytest.mark.parametrize(

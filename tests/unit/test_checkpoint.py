@@ -1,6 +1,7 @@
 """Every dialect that checkpoints come in, and every reason to refuse one."""
 
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -154,6 +155,14 @@ def test_linear_transformer_projections(model, compvis, tmp_path):
     assert equal(model, load(write(compvis | matrices, tmp_path / "a.safetensors")))
 
 
+@pytest.mark.parametrize("ones", ((1,), (1, 1, 1)))
+def test_a_column_is_no_vector(compvis, tmp_path, ones):
+    name = next(name for name, tensor in compvis.items() if tensor.ndim == 1)
+    column = compvis[name].reshape(-1, *ones)
+    with pytest.raises(minisd.CheckpointError, match=re.escape(name)):
+        load(write(compvis | {name: column}, tmp_path / "a.safetensors"))
+
+
 TEXT = "cond_stage_model.transformer.text_model."
 
 
@@ -168,6 +177,9 @@ TEXT = "cond_stage_model.transformer.text_model."
         ("model.diffusion_model.", "diffusion_model."),
         ("", "module."),
         ("", "_orig_mod."),
+        ("", "module._orig_mod."),
+        ("", "_orig_mod.module."),
+        ("", "_orig_mod.module.model."),
     ),
 )
 def test_prefixes(model, compvis, tmp_path, old, new):

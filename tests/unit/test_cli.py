@@ -543,3 +543,115 @@ def test_a_bug_is_not_hidden(minisd_, monkeypatch):
 def test_the_tiny_model_is_tiny(models):
     """So that this file stays quick."""
     assert sum(tensor.numel() for tensor in load_file(models / "tiny.safetensors").values()) < 3_000_000
+
+
+def test_numbers_that_are_not_finite(minisd_, models, tmp_path):
+    """One line that says where, status 1, and the picture is written all the same."""
+    sd = tiny_model()
+    sd.unet.conv_out.bias.data[0] = float("nan")
+    sd.save(models / "nan")
+    result = minisd_("generate", "x", "-s", "1", "--images", "2", "--steps-dir", "steps", "-o", "x.png", model="nan")
+    assert result.status == 1 and result.stdout.splitlines()[-1] == "x.png" and Path("x.png").exists()
+    assert re.fullmatch(r"warning: latents of step 1 .*--check.*bfloat16 and float32.*\n", result.stderr)
+    sd = tiny_model()
+    sd.vae.decoder.conv_in.weight.data *= 1e30
+    sd.save(models / "large")
+    result = minisd_("generate", "x", "-s", "1", "-o", "y.png", model="large")
+    assert result.status == 1 and Path("y.png").exists()
+    assert re.fullmatch(r"warning: images out of the VAE: NaN.*\n", result.stderr)
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "token"),
+    (
+        (r"C:\emb\thing.safetensors", r"C:\emb\thing.safetensors", None),
+        (r"C:\emb\thing.safetensors:<x>", r"C:\emb\thing.safetensors", "<x>"),
+        ("C:/emb/thing.safetensors", "C:/emb/thing.safetensors", None),
+        ("C:thing.safetensors", "C:thing.safetensors", None),
+        ("a:b/thing.safetensors", "a:b/thing.safetensors", None),
+        ("thing.safetensors:word", "thing.safetensors", "word"),
+        ("thing.safetensors", "thing.safetensors", None),
+    ),
+)
+def test_paths_with_colons(text, path, token):
+    from minisd.cli.options import path_and_number, path_and_token
+
+    assert path_and_token(text) == (path, token)
+    assert path_and_number(f"{path}:0.5") == (path, 0.5) and path_and_number(path) == (path, 1.0)
+
+
+def test_an_adapter_that_is_not_there_is_named_whole(minisd_):
+    for option in ("--embedding", "--lora"):
+        result = minisd_("generate", "x", option, r"C:\emb\thing.safetensors")
+        assert result.status == 2 and r"C:\emb\thing.safetensors: no such file" in result.stderr
+
+
+def test_notes_about_prompts_and_seeds(minisd_):
+    result = minisd_("generate", "a " * 80, "-s", str(2**32 + 1), "-o", "x.png")
+    notes = result.stderr.splitlines()
+    assert result.status == 0 and len(notes) == 2 and notes[0].startswith("note: seed=4294967297: draws the same")
+    assert re.match("note: the prompt has 80 tokens.*cut off: 'a a a a a'.*--long-prompts", notes[1])
+    result = minisd_("generate", "a " * 80, "-s", "1", "-o", "y.png", "--long-prompts")
+    assert (result.status, result.stderr) == (0, "")
+    with Image.open("y.png") as picture:
+        text = picture.text["parameters"]
+    assert text.startswith("a " * 79) and "Long prompts: True" in text
+
+
+def test_a_prompt_without_a_command(minisd_, models):
+    result = minisd_("a red heart", "--model", str(models / "tiny"), "--steps", "1", "-s", "1")
+    assert (result.status, result.stdout) == (0, "a-red-heart-1.png\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    (
+        (["gen", "a heart"], "No such command 'gen'; did you mean generate."),
+        (["inpant"], "No such command 'inpant'; did you mean inpaint or "),
+        (["xylophone", "of", "glass"], 'a prompt needs quotes: minisd "xylophone of glass"'),
+        (["generate", "a", "red", "heart"], "red heart.; a prompt of several words needs quotes"),
+    ),
+)
+def test_commands_that_are_none(minisd_, arguments, words):
+    result = minisd_(*arguments)
+    assert result.status == 2 and re.search(words, result.stderr), result.stderr
+
+
+def test_what_other_programs_call_the_options(minisd_):
+    names = {"--negative-prompt": "bad", "--cfg": "3", "--num-images": "2"}
+    given = [word for pair in names.items() for word in pair]
+    result = minisd_("generate", "x", "-s", "1", *given, "-o", "x.png", "--json")
+    told = json.loads(result.stdout)
+    assert (told["negative"], told["guidance"], len(told["images"])) == ("bad", 3.0, 2)
+    assert (
+        json.loads(minisd_("generate", "x", "-s", "1", "--guidance-scale=4", "-o", "x.png", "--json").stdout)[
+            "guidance"
+        ]
+        == 4
+    )
+    assert "--cfg" not in minisd_("generate", "--help").stdout
+    assert "No such option" in minisd_("generate", "x", "--color", "blue").stderr  # it has no such option at all
+
+
+def test_the_models_own_scheduler_and_size(minisd_, models, tmp_path):
+    tiny_model().save(models / "pndm")
+    settings = models / "pndm" / "scheduler" / "scheduler_config.json"
+    settings.write_text(settings.read_text().replace("DDIMScheduler", "PNDMScheduler"))
+    result = minisd_("generate", "x", "-s", "1", "-o", "x.png", model="pndm")
+    assert result.stderr.startswith("note: the model's own scheduler is PNDMScheduler; ddim is used")
+    assert len(result.stderr.splitlines()) == 1
+    for chosen in ("ddim", "model"):
+        chosen = ["--scheduler", chosen, "--steps", "4"]
+        assert minisd_("generate", "x", "-s", "1", "-o", "x.png", *chosen, model="pndm", steps=None).stderr == ""
+    result = minisd_("generate", "x", "-s", "1", "--scheduler", "model", model="pndm")
+    assert result.stderr == "error: steps=2: must be at least 4 for Runge-Kutta steps\n"
+    assert "--size 16x16: the model was made for 64x64" in minisd_("generate", "x", "-s", "1", "--size", "16").stderr
+    Image.new("RGB", (256, 130)).save(tmp_path / "large.png")
+    model = ["--model", str(models / "tiny"), "--steps", "2"]
+    result = minisd_("img2img", "x", str(tmp_path / "large.png"), "-s", "1", "-o", "y.png", *model)
+    assert "256x130 pixels, the model was made for 64x64: it is brought to 88x48 (--size 256x130" in result.stderr
+    with Image.open("y.png") as picture:
+        assert picture.size == (88, 48)
+    result = minisd_("img2img", "x", str(tmp_path / "large.png"), "-s", "1", "-o", "y.png", *model, "--size", "128x64")
+    with Image.open("y.png") as picture:
+        assert picture.size == (128, 64)

@@ -30,7 +30,7 @@ from minisd.checkpoint.naming import TITLES, ignorable
 from minisd.checkpoint.save import into_place
 from minisd.checkpoint.survey import AVERAGED, Part, find, survey
 from minisd.checkpoint.values import Values
-from minisd.files import CheckpointError
+from minisd.files import CheckpointError, shown
 from minisd.lab.weights.convert import Advance, Conversion, Job, check_apart, plan, run
 from minisd.lab.weights.streaming import NAMES, Entry, Made
 
@@ -140,6 +140,9 @@ def prepare(wanted: Merge) -> Job:
     assert job.checkpoint is not None  # it is a whole model
     mixture = mixture_of(wanted, job.checkpoint)
     adapters = [(open_lora(path, job.checkpoint.config), scale) for path, scale in wanted.loras]
+    for lora in (lora for lora, _ in adapters if lora.words):
+        raise CheckpointError(f"{lora.path}: has embeddings in it ({', '.join(map(shown, lora.words))}); merge has no "
+                              "place for them: load the LoRA in Python, and save the model")  # fmt: skip
     entries = {
         component: list(changed(job, component, None if component in wanted.take else mixture, adapters, wanted.dtype))
         for component in job.entries
