@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from minisd.files import shown
+from minisd.tokenizer import CLIPTokenizer
 from minisd.warn import warn
 
 
@@ -21,7 +22,7 @@ def encode(sd: Any, texts: str | list[str] | Tensor, clip_skip: int, long_prompt
         return texts.to(sd.device)
     texts = [texts] if isinstance(texts, str) else texts
     if not long_prompts:
-        for text in texts:
+        for text in texts if isinstance(sd.tokenizer, CLIPTokenizer) else ():  # any callable may stand in its place
             tell_cut(sd.tokenizer, text)
     ids = sd.tokenizer.windows(texts) if long_prompts else sd.tokenizer(texts)[:, None]  # (B, n, 77)
     context = sd.text_encoder(ids.flatten(0, 1).to(sd.device), clip_skip=clip_skip)  # (B n, 77, D)
@@ -45,7 +46,7 @@ def missing(context: Tensor, longest: int, empty: Tensor) -> list[Tensor]:
     return [empty.to(context).expand(len(context), -1, -1)] * windows
 
 
-def tell_cut(tokenizer: Any, text: str) -> None:
+def tell_cut(tokenizer: CLIPTokenizer, text: str) -> None:
     """Warn of the words that the text encoder will not see."""
     ids, most = tokenizer.ids(text), tokenizer.context_length - 2
     if len(ids) > most:

@@ -48,7 +48,7 @@ def test_the_encoder_of_the_vae():
 
 
 def test_the_dialect():
-    from minisd.diffusers.images import VaeImageProcessor
+    from minisd.diffusers.image_processor import VaeImageProcessor
 
     with pytest.warns(minisd.NonFiniteWarning, match="out of the VAE"):
         VaeImageProcessor().postprocess(torch.full((1, 3, 8, 8), NAN), "pt")
