@@ -3,6 +3,7 @@
 Only click is imported here; what needs torch is imported when a command runs.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ def generate(prompt: str, check: bool, **options: Any) -> None:
     job = Job.prepare(prompt, options)
     if check:
         return run_checked(job)
-    return job.write(job.run(job.sd.denoise(prompt, job.sampling)))
+    return job.write(job.run(partial(job.sd.denoise, prompt)))
 
 
 def run_checked(job: "Job") -> None:
@@ -34,7 +35,7 @@ def run_checked(job: "Job") -> None:
     from minisd.lab.finite import nan_tracer
 
     with nan_tracer(job.sd) as trace:
-        pictures = job.run(job.sd.denoise(job.prompt, job.sampling))
+        pictures = job.run(partial(job.sd.denoise, job.prompt))
     if not job.options["as_json"]:
         click.echo("\n".join(trace.lines()), err=True)
     job.write(pictures, check=trace.as_dict())
@@ -53,7 +54,7 @@ def img2img(prompt: str, image: str, strength: float | None, **options: Any) -> 
     strength, picture = 0.8 if strength is None else strength, read_picture(image)
     job = Job.prepare(prompt, options, picture, strength=strength)
     taken = job.steps - first_step(job.steps, strength)
-    job.write(job.run(image_to_image(job.sd, prompt, picture, strength=strength, **job.settings), taken))
+    job.write(job.run(partial(image_to_image, job.sd, prompt, picture, strength=strength), taken))
 
 
 @click.command(cls=Painting)
@@ -74,8 +75,8 @@ def inpaint(prompt: str, image: str, mask: str, strength: float | None, keep_out
     strength, picture, hole = 1.0 if strength is None else strength, read_picture(image), read_mask(mask)
     job = Job.prepare(prompt, options, picture, strength=strength)
     taken = job.steps - first_step(job.steps, strength)
-    steps = inpaint(job.sd, prompt, picture, hole, strength=strength, keep_outside=keep_outside, **job.settings)
-    job.write(job.run(steps, taken))
+    denoise = partial(inpaint, job.sd, prompt, picture, hole, strength=strength, keep_outside=keep_outside)
+    job.write(job.run(denoise, taken))
 
 
 @click.command(cls=Painting)
@@ -124,8 +125,8 @@ def edit(prompt: str, new_prompt: str, image: str, start: int | None, plain: boo
     job, _, latents = prepare_inversion(prompt, image, options, new_prompt=new_prompt, way=way)
     # After a fifth of the steps colours are still open and shapes no longer.
     start = job.extra["start"] = job.steps // 5 if start is None else start
-    steps = edit(job.sd, prompt, new_prompt, latents, start=start, exact=not plain, **job.settings)
-    job.write(job.run(steps, job.steps - start))
+    denoise = partial(edit, job.sd, prompt, new_prompt, latents, start=start, exact=not plain)
+    job.write(job.run(denoise, job.steps - start))
 
 
 def prepare_inversion(
@@ -201,7 +202,7 @@ def interpolate(
     prompts = (prompt, prompt if to_prompt is None else to_prompt)
     job.extra |= {"to_prompt": to_prompt} if to_prompt is not None else {}
     noises = inverted(job, prompts, ends) if ends else drawn(job, to_seed)
-    frames_ = job.run(interpolate(job.sd, prompts, noises, frames=frames, **job.settings))
+    frames_ = job.run(partial(interpolate, job.sd, prompts, noises, frames=frames))
     write_picture(gif, frames_[0], format="GIF", save_all=True, append_images=frames_[1:], duration=120, loop=0)
     job.write(frames_, together=make_strip, last=gif, gif=str(gif))
 
@@ -255,7 +256,7 @@ def guide(
     extra |= {"and": "; ".join(others), "prompt_weight": weight} if others else {}
     extra |= {"colour": colour, "colour_scale": colour_scale} if colour is not None else {}
     job = Job.prepare(prompt, options, **extra)
-    sd, settings, long_prompts = job.sd, job.settings, job.sampling.long_prompts
+    sd, long_prompts = job.sd, job.sampling.long_prompts
 
     def read(text: str) -> Any:
         return weighted_context(sd, text, job.sampling.clip_skip, long_prompts) if weighted else text
@@ -266,8 +267,8 @@ def guide(
     if loss is not None:
         scheduler = job.sampling.scheduler
         predict_noise = LossGuidance(sd, loss, scale=colour_scale, scheduler=scheduler, predict_noise=predict_noise)
-    settings |= {"negative_prompt": read(options["negative_prompt"]), "predict_noise": predict_noise}
-    job.write(job.run(sd.denoise(read(prompt), **settings)))
+    given = {"negative_prompt": read(options["negative_prompt"]), "predict_noise": predict_noise}
+    job.write(job.run(lambda **settings: sd.denoise(read(prompt), **{**settings, **given})))
 
 
 COMMANDS = (generate, img2img, inpaint, invert, edit, schedule, interpolate, guide)

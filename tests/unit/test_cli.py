@@ -232,6 +232,36 @@ def test_pictures_of_the_steps(minisd_):
     assert minisd_("generate", "cat", "-s", "1", "--steps-dir", "steps").status == 0  # a folder that is there will do
 
 
+def test_batches(minisd_, monkeypatch):
+    """One at a time, each image is the one that its seed makes alone; and the networks see one image at a time."""
+    seen = []
+    predict_noise = StableDiffusion.predict_noise
+    monkeypatch.setattr(
+        StableDiffusion, "predict_noise", lambda sd, x, *rest: seen.append(len(x)) or predict_noise(sd, x, *rest)
+    )
+    minisd_("generate", "cat", "-s", "4", "--images", "3", "--batch", "1", "-o", "x.png", "--steps-dir", "steps")
+    assert set(seen) == {1} and len(list(Path("steps").iterdir())) == 3 * 2
+    minisd_("generate", "cat", "-s", "5", "-o", "alone.png")
+    assert np.array_equal(pixels(Path("x-2.png")), pixels(Path("alone.png")))
+    seen.clear()
+    minisd_("generate", "cat", "-s", "4", "--images", "3", "--batch", "2", "-o", "x.png")
+    assert seen == [2, 2, 1, 1]
+
+
+def test_words_that_the_model_never_saw(minisd_, models):
+    (models / "tiny" / "words.txt").write_text("a red heart\non the left\ncat\n")
+    try:
+        assert minisd_("generate", "A (red:1.2) heart, on the left!", "-s", "1").stderr == ""
+        said = minisd_("generate", "two cats ❤ on a moon", "-n", "fog", "-s", "1").stderr
+        assert said.startswith("note: the small model has never seen 'two', 'cats' (near: cat), '❤', 'moon', 'fog';")
+        assert said.count("\n") == 1
+        assert minisd_("words", str(models / "tiny")).stdout == "a red heart\non the left\ncat\n"
+    finally:
+        (models / "tiny" / "words.txt").unlink()
+    assert "has no words.txt" in minisd_("words", str(models / "tiny")).stderr
+    assert minisd_("generate", "two cats", "-s", "1").stderr == ""
+
+
 def test_json(minisd_):
     result = minisd_("generate", "猫", "--json", "--images", "2", "-o", "x.png", "-s", "4")
     told = json.loads(result.stdout)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from emoji_data import EMOJI, GROUNDS
+from emoji_data import EMOJI, GROUNDS, vocabulary
 from recognition import Gallery, centre, nearest_ground
 
 import minisd
@@ -28,6 +28,10 @@ def test_it_is_small_and_complete(model):
     assert sum(path.stat().st_size for path in files) < 32e6
     assert len(model.unet.state_dict()) == 686 and len(model.vae.state_dict()) == 248
     assert {"steps", "guidance_scale"} <= model.generation.keys()
+
+
+def test_it_says_which_words_it_was_trained_on():
+    assert (FOLDER / "words.txt").read_text().splitlines() == list(vocabulary())
 
 
 def test_the_card_tells_the_sum_of_every_weight_file():
