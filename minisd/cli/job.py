@@ -1,4 +1,4 @@
-"""A painting command at work: its options -> a model and a `Sampling`; the steps -> files and what is said of them."""
+"""A picture command at work: its options -> a model and a `Sampling`; the steps -> files and what is said of them."""
 
 import math
 import secrets

@@ -1,4 +1,4 @@
-"""Every option of the painting commands, once; a command says which it takes, by name. Only click is imported here.
+"""Every option of the picture commands, once; a command says which it takes, by name. Only click is imported here.
 
 An option's parameter has the name that the setting has in `minisd.sampling.Sampling`, wherever it is one.
 """
@@ -143,7 +143,7 @@ ALIASES = {
 }
 
 
-class Painting(click.Command):
+class PictureCommand(click.Command):
     """A command that knows `ALIASES` of its options."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:

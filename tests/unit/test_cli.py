@@ -136,7 +136,7 @@ def test_a_drawn_seed_is_printed_and_stored(minisd_):
 
 
 def test_several_images(minisd_):
-    """Each has a seed of its own, seed + n, and is what that seed paints alone. Libraries sum in another order for
+    """Each has a seed of its own, seed + n, and is what that seed generates alone. Libraries sum in another order for
     another batch size, so a pixel between two bytes may fall on either side: one step of 255 is allowed."""
     result = minisd_("generate", "cat", "--seed", "5", "--images", "3", "-o", "x.png")
     assert result.stdout.splitlines() == ["x-1.png", "x-2.png", "x-3.png", "x.png"]
@@ -468,8 +468,8 @@ def test_bad_input(minisd_, models, tmp_path, what):
 
 
 def test_unknown_command(minisd_):
-    result = minisd_("paint", "cat")
-    assert result.status == 2 and re.fullmatch(r"error: No such command 'paint'.*\n", result.stderr)
+    result = minisd_("sketch", "cat")
+    assert result.status == 2 and re.fullmatch(r"error: No such command 'sketch'.*\n", result.stderr)
 
 
 def test_bad_input_in_a_process_of_its_own(models, tmp_path):
@@ -505,7 +505,7 @@ def test_a_folder_without_permission(minisd_):
 
 
 @pytest.mark.parametrize("where", ("denoise", "decode"))
-def test_interrupted_while_painting(minisd_, monkeypatch, where):
+def test_interrupted_while_generating(minisd_, monkeypatch, where):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
@@ -553,7 +553,7 @@ def test_too_little_memory(minisd_, monkeypatch, words):
         raise RuntimeError(words)
 
     monkeypatch.setattr(StableDiffusion, "predict_noise", overflow)
-    result = minisd_("generate", "cat")
+    result = minisd_("sketch", "cat")
     assert result.status == 2 and re.fullmatch("error: not enough memory: .*--size.*\n", result.stderr)
     assert os.listdir() == []
 

@@ -1,4 +1,4 @@
-"""The small model that ships with minisd: complete, small, and it paints what it is asked for, without a network."""
+"""The small model that ships with minisd: complete, small, and it generates what it is asked for, without a network."""
 
 import hashlib
 import re
@@ -52,7 +52,7 @@ main()
 """
 
 
-def test_it_paints_without_a_network(tmp_path):
+def test_it_generates_without_a_network(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", NO_NETWORK, str(tmp_path / "heart.png")], capture_output=True, text=True, check=False
     )
@@ -63,7 +63,7 @@ def test_it_paints_without_a_network(tmp_path):
 THINGS = "❤ 🔵 🟩 ☀ 🍅 🍌 🍕 🏠 🎈 🚗 🐼 ⭐".split()
 
 
-def paint(model, prompts: list[str]) -> list:
+def generate(model, prompts: list[str]) -> list:
     """A picture of each prompt, from seeds that no training saw."""
     generators = [torch.Generator().manual_seed(2_000_000 + number) for number in range(len(prompts))]
     return model.text_to_image(prompts, generator=generators, **model.generation)
@@ -72,7 +72,7 @@ def paint(model, prompts: list[str]) -> list:
 def test_things_are_recognised(model):
     """A small sample of what `scripts/evaluate_emoji.py` measures: plain names, found again among all 223 emoji."""
     gallery = Gallery.read(DATA / "emoji.png")
-    rankings = [gallery.ranking(picture) for picture in paint(model, [EMOJI[thing][0] for thing in THINGS])]
+    rankings = [gallery.ranking(picture) for picture in generate(model, [EMOJI[thing][0] for thing in THINGS])]
     places = {EMOJI[thing][0]: ranking.index(thing) for thing, ranking in zip(THINGS, rankings, strict=True)}
     assert sum(place == 0 for place in places.values()) >= 8, places
     assert sum(place < 5 for place in places.values()) >= 10, places
@@ -81,7 +81,7 @@ def test_things_are_recognised(model):
 def test_grounds_are_as_asked(model):
     """White unless the prompt says otherwise, and then as it says."""
     prompts = ["red heart", *(f"a red heart on a {ground} background" for ground in list(GROUNDS)[1:])]
-    found = [nearest_ground(picture) for picture in paint(model, prompts)]
+    found = [nearest_ground(picture) for picture in generate(model, prompts)]
     assert sum(one == other for one, other in zip(found, GROUNDS, strict=True)) >= 8, found
 
 

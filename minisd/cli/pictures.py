@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from minisd.cli.options import GENERATION, INVERSION, REPORT, Painting, options, text_and_number
+from minisd.cli.options import GENERATION, INVERSION, REPORT, PictureCommand, options, text_and_number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from minisd.cli.job import Job
 
 
-@click.command(cls=Painting)
+@click.command(cls=PictureCommand)
 @click.argument("prompt")
 @options(*GENERATION, "check")
 def generate(prompt: str, check: bool, **options: Any) -> None:
@@ -41,7 +41,7 @@ def run_checked(job: "Job") -> None:
     job.write(pictures, check=trace.as_dict())
 
 
-@click.command(cls=Painting)
+@click.command(cls=PictureCommand)
 @click.argument("prompt")
 @click.argument("image", metavar="PICTURE")
 @options("output", "strength", *GENERATION[1:])
@@ -57,7 +57,7 @@ def img2img(prompt: str, image: str, strength: float | None, **options: Any) -> 
     job.write(job.run(partial(image_to_image, job.sd, prompt, picture, strength=strength), taken))
 
 
-@click.command(cls=Painting)
+@click.command(cls=PictureCommand)
 @click.argument("prompt")
 @click.argument("image", metavar="PICTURE")
 @click.argument("mask")
@@ -79,7 +79,7 @@ def inpaint(prompt: str, image: str, mask: str, strength: float | None, keep_out
     job.write(job.run(denoise, taken))
 
 
-@click.command(cls=Painting)
+@click.command(cls=PictureCommand)
 @click.argument("prompt")
 @click.argument("image", metavar="PICTURE")
 @options(*INVERSION, "plain")
@@ -112,7 +112,7 @@ def invert(prompt: str, image: str, plain: bool, **options: Any) -> None:
     job.write(trip.pictures, **found, noise=str(noise))
 
 
-@click.command(cls=Painting)
+@click.command(cls=PictureCommand)
 @click.argument("prompt")
 @click.argument("new_prompt")
 @click.argument("image", metavar="PICTURE")
@@ -143,7 +143,7 @@ def prepare_inversion(
     return job, images, mean_latents(job.sd, images)
 
 
-@click.command(cls=Painting)
+@click.command(cls=PictureCommand)
 @options("picture-output", "model", "steps", "scheduler", "set", REPORT[0])
 def schedule(
     output: str | None, model: str, steps: int | None, scheduler: str, changes: tuple[str, ...], as_json: bool
@@ -168,7 +168,7 @@ def schedule(
     report([path] if path else [], {**told, "alphas_cumprod": made.alphas_cumprod.tolist()}, as_json)
 
 
-@click.command(cls=Painting)
+@click.command(cls=PictureCommand)
 @click.argument("prompt")
 @click.argument("to_prompt", required=False)
 @options("gif", "frames", "to-seed", "pictures", "seed", *INVERSION[1:])
@@ -232,7 +232,7 @@ def drawn(job: "Job", to_seed: int | None) -> tuple["Tensor", "Tensor"]:
     return one, other
 
 
-@click.command(cls=Painting)
+@click.command(cls=PictureCommand)
 @click.argument("prompt")
 @options("output", "and", "weight", "weighted", "colour", "colour-scale", *GENERATION[1:])
 def guide(
