@@ -26,6 +26,8 @@ class Attention(nn.Module):
     Queries come from `x`, keys and values from `context`: cross-attention. In self-attention `context` is `x`.
     """
 
+    attend = staticmethod(F.scaled_dot_product_attention)  # softmax(q k^T / sqrt(d)) v; an engine may have its own
+
     def __init__(self, width: int, context_width: int, *, heads: int, qkv_bias: bool) -> None:
         super().__init__()
         self.heads = heads
@@ -39,7 +41,7 @@ class Attention(nn.Module):
         q, k, v = self.q(x), self.k(context), self.v(context)  # (B, N, C), (B, M, C), (B, M, C)
         # The channels are split into heads of size d = C / h, which attend independently.
         q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=self.heads) for y in (q, k, v))  # (B, h, N or M, d)
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # softmax(q k^T / sqrt(d)) v: (B, h, N, d)
+        x = self.attend(q, k, v, is_causal=causal)  # (B, h, N, d)
         return self.out(rearrange(x, "b h n d -> b n (h d)"))  # (B, N, C)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from minisd.adapters.loading import Adapters
+from minisd.backends import check_engine, prepare
 from minisd.checkpoint.load import build, open_checkpoint, read_tokenizer, usable_device
 from minisd.checkpoint.save import Model, save
 from minisd.config import ModelConfig
@@ -62,15 +63,18 @@ class LatentDiffusionModel:
         vae: str | os.PathLike[str] | None = None,
         tokenizer: str | os.PathLike[str] | CLIPTokenizer | None = None,
         prediction: str | None = None,
+        engine: str = "exact",
     ) -> "Self":
         """Load a model from `source`: "emoji" (comes with minisd), "sd15", a folder in diffusers' layout, a
         `.safetensors` file, or a hub repository id.
 
         `dtype=None` keeps the file's. `weights`: "auto", "ema" (averaged) or "raw" UNet weights, where a file has both.
         `vae`, `tokenizer`: a path that replaces the model's own. `prediction`: "epsilon", "v_prediction" or "sample",
-        where the files do not say what the UNet predicts. Raises FileNotFoundError for a path that is not there,
+        where the files do not say what the UNet predicts. `engine`: "exact", "fast", "openvino" or "compile", see
+        `backends`. Raises ValueError for an engine that is not there, FileNotFoundError for a path that is not there,
         `minisd.CheckpointError` for a file that cannot be used.
         """
+        check_engine(engine)
         device = usable_device(device)
         checkpoint = open_checkpoint(
             source, dtype=dtype, weights=weights, vae=vae, tokenizer=tokenizer, prediction=prediction
@@ -78,7 +82,7 @@ class LatentDiffusionModel:
         for note in checkpoint.notes:
             warn(note)
         parts, own_tokenizer = checkpoint.components, read_tokenizer(checkpoint)
-        return cls(
+        model = cls(
             build(TextEncoder, parts["text_encoder"], dtype, device),
             build(UNet, parts["unet"], dtype, device),
             build(VAE, parts["vae"], dtype, device),
@@ -86,6 +90,8 @@ class LatentDiffusionModel:
             scheduler=checkpoint.scheduler,
             generation=checkpoint.generation,
         )
+        prepare(engine, model.unet, model.vae)
+        return model
 
     @property
     def modules(self) -> dict[str, torch.nn.Module]:

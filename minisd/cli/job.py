@@ -210,7 +210,7 @@ def load(options: Mapping[str, Any]) -> StableDiffusion:
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if dtype == "auto":
         dtype = "float32" if device.startswith("cpu") else "float16"
-    given = {name: options[name] for name in ("weights", "vae", "tokenizer", "prediction")}
+    given = {name: options[name] for name in ("weights", "vae", "tokenizer", "prediction", "engine")}
     return StableDiffusion.load(options["model"], dtype=getattr(torch, dtype), device=device, **given)
 
 

@@ -96,6 +96,12 @@ OPTIONS: dict[str, Any] = {
         "--device", default="auto", help="cpu, cuda, mps. [default: an accelerator if there is one]"
     ),
     "dtype": click.option("--dtype", type=click.Choice(["auto", "float32", "float16", "bfloat16"]), default="auto"),
+    "engine": click.option(
+        "--engine",
+        type=click.Choice(["exact", "fast", "openvino", "compile"]),
+        default="exact",
+        help="How the networks are computed.",
+    ),
     "steps-dir": click.option("--steps-dir", metavar="FOLDER", help="Also save each step's predicted image."),
     "json": click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON."),
     "quiet": click.option("-q", "--quiet", is_flag=True, help="No progress bar."),
@@ -158,7 +164,7 @@ class PictureCommand(click.Command):
 
 
 MODEL = ("model", "vae", "tokenizer", "weights", "prediction", "lora", "embedding")
-RUN = ("device", "dtype")
+RUN = ("device", "dtype", "engine")
 REPORT = ("json", "quiet")
 INVERSION = (
     *("output", *MODEL, "negative", "steps", "guidance", "guidance-rescale", "size", "clip-skip", "long-prompts"),

@@ -16,7 +16,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 def losses(start: list[str], kind: str, folder: Path, *numbers: int) -> dict[int, float]:
     """Run `run.py`; the loss of every step that its folder knows."""
     folder.mkdir(exist_ok=True)
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPTS), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": f"{SCRIPTS}{os.pathsep}{SCRIPTS.parent}", "OMP_NUM_THREADS": "1"}
     command = [*start, str(Path(__file__).with_name("run.py")), kind, str(folder), *map(str, numbers)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
