@@ -27,6 +27,7 @@ from train_vae import load_vae
 from training import (
     Progress,
     Team,
+    follow,
     gather_team,
     learning_rate,
     load_checkpoint,
@@ -44,7 +45,6 @@ from minisd.unet import UNet
 from minisd.vae import VAE
 
 SNR_LIMIT = 5.0  # Hang et al. 2023, arXiv:2303.09556: low-noise steps would otherwise dominate the gradient
-EMA_DECAY = 0.999
 WARMUP = 200  # steps
 SEED = 0
 GENERATION = {"steps": 30, "guidance_scale": 4.0}
@@ -99,13 +99,6 @@ def weights(scheduler: DDPMScheduler, timesteps: Tensor) -> Tensor:
     alpha_bar = scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
     snr = alpha_bar / (1 - alpha_bar)
     return snr.clamp(max=SNR_LIMIT) / snr
-
-
-@torch.no_grad()
-def follow(average: nn.Module, model: nn.Module, step: int) -> None:
-    """Exponential moving average of the weights; young averages forget faster."""
-    decay = min(EMA_DECAY, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
 def learn(model: nn.Module, batch: Batch, scheduler: DDPMScheduler) -> Tensor:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from minisd import layers, unet, vae
+from minisd import layers, unet
 from minisd.diffusers.models.attention_processor import Attention
 from minisd.diffusers.outputs import output
 
@@ -308,7 +308,7 @@ class UNetMidBlock2D(ResnetStack):
     @classmethod
     def of(cls, middle: nn.ModuleList) -> "UNetMidBlock2D":
         """From minisd's list of a resnet, attention, a resnet."""
-        first, attention, second = cast(tuple[layers.ResnetBlock, vae.PixelAttention, layers.ResnetBlock], middle)
+        first, attention, second = cast(tuple[layers.ResnetBlock, layers.PixelAttention, layers.ResnetBlock], middle)
         attn = Attention(attention.attn, crosses=False, group_norm=attention.norm)
         return cls([ResnetBlock2D(first), ResnetBlock2D(second)], [attn])
 
