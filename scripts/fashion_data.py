@@ -43,7 +43,7 @@ def read_fashion(folder: Path, part: str) -> tuple[Tensor, Tensor]:
     for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"):
         paths = [path for path in (folder / f"{part}-{kind}.gz", folder / f"{part}-{kind}") if path.is_file()]
         if not paths:
-            raise ValueError(f"{folder}: has no {part}-{kind}.gz; Debian's package dataset-fashion-mnist has it (--data)")
+            raise ValueError(f"{folder}: has no {part}-{kind}.gz, which Debian's package dataset-fashion-mnist has")
         found.append(read_idx(paths[0]))
     pictures, labels = found
     if pictures.ndim != 3 or labels.shape != pictures.shape[:1] or labels.max() >= len(CLASSES):

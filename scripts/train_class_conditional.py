@@ -16,6 +16,7 @@ import copy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,7 @@ from minisd.schedulers import DDPMScheduler
 UNTOLD = 0.1  # the share of pictures that learn without their class
 WARMUP = 200  # steps
 SEED = 0
-SCHEDULE = {"beta_schedule": "squaredcos_cap_v2", "clip_sample": True}
+SCHEDULE: dict[str, Any] = {"beta_schedule": "squaredcos_cap_v2", "clip_sample": True}
 CONFIG = PixelUNetConfig(
     sample_size=(32, 32),
     in_channels=1,

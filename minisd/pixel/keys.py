@@ -48,7 +48,9 @@ def pixel_unet_keys(config: PixelUNetConfig) -> Iterator[Key]:
 
 def resnet(config: PixelUNetConfig, minisd: str, diffusers: str, compvis: str, i: int, o: int) -> Iterator[Key]:
     shifts = 2 * o if config.scale_shift else o
-    yield from place(RESNET, f"{minisd}.", f"{diffusers}.", f"{compvis}.", i=i, o=o, time=config.time_width, shifts=shifts)
+    yield from place(
+        RESNET, f"{minisd}.", f"{diffusers}.", f"{compvis}.", i=i, o=o, time=config.time_width, shifts=shifts
+    )
 
 
 def down_keys(config: PixelUNetConfig) -> Iterator[Key]:
@@ -94,8 +96,8 @@ def up_keys(config: PixelUNetConfig) -> Iterator[Key]:
                 yield from place(VAE_ATTENTION, *names, c=level_width)
             block, width = block + 1, level_width
         if level > 0:
-            here, names = f"up.{block - 1}.upsample", (f"{folder}.upsamplers.0", f"{there}.upsample")
+            names = f"up.{block - 1}.upsample", f"{folder}.upsamplers.0", f"{there}.upsample"
             if attends and config.upsample == "resnet":
-                yield from resnet(config, here, *names, width, width)
+                yield from resnet(config, *names, width, width)
             else:
-                yield from place(UPSAMPLE, f"{here}.", *(f"{name}." for name in names), c=width)
+                yield from place(UPSAMPLE, *(f"{name}." for name in names), c=width)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minisd.layers import ACTIVATIONS, Downsample, PixelAttention, ResnetBlock, Upsample
+from minisd.layers import Downsample, PixelAttention, ResnetBlock, Upsample, laid_out
 from minisd.pixel.config import PixelUNetConfig
 from minisd.unet import TimeEmbedding, size_of
 
@@ -66,7 +66,7 @@ def resampled(x: Tensor, how: str | None) -> Tensor:
     """Twice the height and width by repetition ("up"), half of it by averages ("down"), or `x` itself."""
     if how is None:
         return x
-    return F.interpolate(x, scale_factor=2.0, mode="nearest") if how == "up" else F.avg_pool2d(x, 2, 2)
+    return F.interpolate(laid_out(x), scale_factor=2.0, mode="nearest") if how == "up" else F.avg_pool2d(x, 2, 2)
 
 
 class PixelBlock(nn.Module):
@@ -102,9 +102,7 @@ class PixelBlock(nn.Module):
 def attention(width: int, config: PixelUNetConfig, *, there: bool = True) -> PixelAttention | None:
     if not there:
         return None
-    return PixelAttention(
-        width, heads=config.heads(width), groups=config.norm_groups, eps=config.norm_eps, scale=1.0
-    )
+    return PixelAttention(width, heads=config.heads(width), groups=config.norm_groups, eps=config.norm_eps, scale=1.0)
 
 
 def down_blocks(config: PixelUNetConfig) -> Iterator[PixelBlock]:
