@@ -2,7 +2,7 @@
 
 Results go to standard output, the path written last; progress and warnings to standard error. Bad input ends with one
 line and exit status 2. Only click is imported here: `minisd --help` does not wait for torch. The commands, one file a
-group: `paint.py`, `weights.py`, `lora.py`, `parity.py`.
+group: `paint.py`, `classes.py`, `weights.py`, `lora.py`, `parity.py`.
 """
 
 import difflib
@@ -11,7 +11,7 @@ import sys
 import click
 
 import minisd
-from minisd.cli import lora, paint, parity, weights
+from minisd.cli import classes, lora, paint, parity, weights
 from minisd.cli.notes import Notes
 
 
@@ -48,7 +48,7 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (*paint.COMMANDS, *weights.COMMANDS, *lora.COMMANDS, *parity.COMMANDS):
+for command in (*paint.COMMANDS, *classes.COMMANDS, *weights.COMMANDS, *lora.COMMANDS, *parity.COMMANDS):
     cli.add_command(command)
 
 

@@ -115,12 +115,11 @@ class PixelDiffusion:
         class. `eta` and `use_clipped_model_output` are DDIM's, `size` is (H, W), the model's by default. Raises
         ValueError for settings that do not fit.
         """
-        classes, steps = self.check_labels(labels), steps or int(self.generation.get("steps", 50))
-        scale = float(self.generation.get("guidance_scale", 1)) if guidance_scale is None else guidance_scale
+        classes = self.check_labels(labels)
         if seed is not None:
             generator = torch.Generator().manual_seed(seed)
-        made, predict = self.make_scheduler(scheduler), predict_noise or self.guided(scale, classes)
-        set_steps(made, steps, self.device)
+        made, predict = self.make_scheduler(scheduler), predict_noise or self.predictor(guidance_scale, labels)
+        set_steps(made, steps or self.steps, self.device)
         height, width = size or self.unet.config.sample_size or (32, 32)
         count = images if classes is None else len(classes)
         shape = torch.Size((count, self.unet.config.in_channels, height, width))
@@ -150,9 +149,17 @@ class PixelDiffusion:
             raise ValueError(f"labels={list(labels)}: must be from 0 to {count - 1}, one a picture")
         return torch.tensor(labels, device=self.device)
 
-    def guided(self, scale: float, labels: Tensor | None) -> PredictNoise:
-        """The UNet's prediction, moved away from that without a class (Ho & Salimans 2022, arXiv:2207.12598)."""
+    @property
+    def steps(self) -> int:
+        """How many the model's makers recommend, or 50."""
+        return int(self.generation.get("steps", 50))
+
+    def predictor(self, guidance_scale: float | None = None, labels: Sequence[int] | None = None) -> PredictNoise:
+        """The UNet, or classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598): its prediction for the class,
+        moved away from that for no class. Raises ValueError for a scale above 1 without a label for no class.
+        """
         none = self.generation.get("unconditional")
+        scale = float(self.generation.get("guidance_scale", 1)) if guidance_scale is None else guidance_scale
         if scale <= 1 or labels is None:
             return self.unet
         if none is None:
