@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from fashion_data import ANY, CLASSES, FOLDER, as_input, read_fashion
+from PIL import Image
 from torch import Tensor
 from training import (
     Progress,
@@ -34,12 +36,15 @@ from training import (
 )
 
 from minisd.pixel.config import PixelUNetConfig
+from minisd.pixel.pipeline import PixelDiffusion
+from minisd.pixel.sheet import sheet
 from minisd.pixel.unet import PixelUNet
 from minisd.schedulers import DDPMScheduler
 
 UNTOLD = 0.1  # the share of pictures that learn without their class
 WARMUP = 200  # steps
 SEED = 0
+GENERATION = {"steps": 50, "guidance_scale": 1.5, "unconditional": ANY, "classes": CLASSES}
 SCHEDULE: dict[str, Any] = {"beta_schedule": "squaredcos_cap_v2", "clip_sample": True}
 CONFIG = PixelUNetConfig(
     sample_size=(32, 32),
@@ -105,8 +110,17 @@ def learn(model: torch.nn.Module, batch: Batch, scheduler: DDPMScheduler) -> Ten
     return loss
 
 
-def train(team: Team, folder: Path, data: tuple[Tensor, Tensor], arguments: argparse.Namespace) -> PixelUNet:
-    """Train up to `--steps`, going on from the folder's checkpoint if there is one; return the average."""
+def train(
+    team: Team,
+    folder: Path,
+    data: tuple[Tensor, Tensor],
+    arguments: argparse.Namespace,
+    show: Callable[[PixelUNet, int], None],
+) -> PixelUNet:
+    """Train up to `--steps`, going on from the folder's checkpoint if there is one; return the average.
+
+    `show(average, step)` is called after each checkpoint, in the leading process.
+    """
     torch.manual_seed(SEED)
     unet = PixelUNet(CONFIG).to(team.device)
     average = copy.deepcopy(unet).requires_grad_(False)
@@ -126,7 +140,20 @@ def train(team: Team, folder: Path, data: tuple[Tensor, Tensor], arguments: argp
         progress.note(step, team.mean(loss))
         if team.leads and ((step + 1) % arguments.save_every == 0 or step + 1 == arguments.steps):
             save_checkpoint(folder / "train.pt", parts, step + 1)
+            show(average, step + 1)
     return average
+
+
+def assemble(unet: PixelUNet) -> PixelDiffusion:
+    """The whole model, with the settings that suit it."""
+    unet = copy.deepcopy(unet).cpu().eval()
+    return PixelDiffusion(unet, scheduler={"_class_name": "DDPMScheduler", **SCHEDULE}, generation=GENERATION)
+
+
+def contact_sheet(model: PixelDiffusion) -> Image.Image:
+    """Eight pictures of each class, in a row, always from the same noise."""
+    labels = [label for label in range(len(CLASSES)) for _ in range(8)]
+    return sheet(model.sample(labels, seed=SEED), list(CLASSES))
 
 
 def read_arguments() -> argparse.Namespace:
@@ -148,9 +175,16 @@ def main() -> None:
         print(error, file=sys.stderr)
         sys.exit(2)
     arguments.out.mkdir(parents=True, exist_ok=True)
+
+    def show(average: PixelUNet, step: int) -> None:
+        contact_sheet(assemble(average)).save(arguments.out / f"step-{step:06}.png")
+
     with gather_team() as team:
         team.check_batch(arguments.batch)
-        train(team, arguments.out, data, arguments)
+        average = train(team, arguments.out, data, arguments, show)
+        if team.leads:
+            assemble(average).save(arguments.out / "model", dtype=torch.float16)
+            print(arguments.out / "model")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ import click
 from minisd.cli.options import REPORT, RUN, Painting, options
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from minisd.pixel.pipeline import PixelDiffusion
 
 
@@ -32,6 +30,7 @@ def classes(model: str, chosen: tuple[str, ...], images: int, **options: Any) ->
     from minisd.cli.job import choose_device_and_dtype
     from minisd.cli.output import plan_paths, report, write_png
     from minisd.pixel.pipeline import PixelDiffusion, to_pictures
+    from minisd.pixel.sheet import sheet
     from minisd.tasks.guidance import LossGuidance, colour_loss
 
     loss = colour_loss(options["colour"]) if options["colour"] is not None else None
@@ -70,26 +69,6 @@ def class_names(model: "PixelDiffusion", chosen: tuple[str, ...]) -> dict[int, s
             raise ValueError(f"{text!r} is no class of this model, {has}")
         found[label] = known[label]
     return found
-
-
-def sheet(pictures: "list[Image.Image]", names: list[str]) -> "Image.Image":
-    """Pictures in a row for each name, beside it; without names about as many rows as columns."""
-    from PIL import Image, ImageDraw
-
-    from minisd.cli.output import make_grid
-
-    larger = max(1, 64 // pictures[0].width)  # small pictures are hard to see
-    pictures = [picture.resize((picture.width * larger, picture.height * larger), 0) for picture in pictures]
-    if not names:
-        return make_grid(pictures)
-    columns, (width, height), margin = len(pictures) // len(names), pictures[0].size, 90
-    made = Image.new("RGB", (margin + columns * width, len(names) * height), "white")
-    for index, picture in enumerate(pictures):
-        made.paste(picture, (margin + index % columns * width, index // columns * height))
-    pen = ImageDraw.Draw(made)
-    for row, name in enumerate(names):
-        pen.text((margin - 8, (row + 0.5) * height), name, fill="black", anchor="rm")
-    return made
 
 
 COMMANDS = (classes,)

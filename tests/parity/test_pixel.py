@@ -12,6 +12,7 @@ import minisd
 from minisd.pixel.files import find_unet, open_unet, read_config, write_config
 from minisd.pixel.keys import pixel_unet_keys
 from minisd.pixel.pipeline import PixelDiffusion
+from minisd.schedulers import equations
 from minisd.tasks import LossGuidance, colour_loss
 from tests.parity.reference import shake
 
@@ -178,10 +179,18 @@ def test_settings_that_do_not_fit(tmp_path):
             call()
 
 
-def test_colour_guidance_reaches_its_colour(tmp_path):
-    saved(reference(), tmp_path)
-    model, loss, seen = PixelDiffusion.load(tmp_path), colour_loss("red"), []
-    for guide in (None, LossGuidance(model, loss, scale=3.0)):
-        *_, last = model.denoise(images=2, steps=5, seed=1, predict_noise=guide)
-        seen.append(loss(last.latents).mean())
-    assert seen[1] < 0.5 * seen[0]
+@pytest.mark.parametrize("channels", [1, 3])
+def test_colour_guidance_goes_down_the_slope(channels, tmp_path):
+    """One step: the picture foreseen comes nearer to the colour, and without a strength nothing changes."""
+    saved(reference(in_channels=channels, out_channels=channels), tmp_path)
+    model, loss = PixelDiffusion.load(tmp_path), colour_loss("red")
+    x, t = torch.randn(2, channels, 16, 16, generator=seeded(1)), torch.tensor(500)
+    alpha_bar = model.make_scheduler().alpha_bar(500)
+
+    def far(scale: float) -> torch.Tensor:
+        output = LossGuidance(model, loss, scale=scale)(x, t, None)
+        return loss(equations.x0_from_output(output, x, alpha_bar, "epsilon"))
+
+    with torch.no_grad():
+        assert torch.equal(LossGuidance(model, loss, scale=0.0)(x, t, None), model.unet(x, t))
+    assert (far(0.05) < 0.95 * far(0.0)).all() and (far(-0.05) > 1.05 * far(0.0)).all()
