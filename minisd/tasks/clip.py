@@ -59,7 +59,7 @@ def clip_loss(model: ImageTextModel, text: str) -> Callable[[Tensor], Tensor]:
 
 @dataclass(frozen=True)
 class TransformersCLIP:
-    """transformers' CLIPModel and its tokenizer, which a program loads itself: minisd imports nothing that it rewrites."""
+    """transformers' CLIPModel and its tokenizer, which a program loads itself: minisd does not import them."""
 
     model: Any
     tokenizer: Any
