@@ -72,10 +72,12 @@ class LatentDiffusionModel:
         `minisd.CheckpointError` for a file that cannot be used.
         """
         device = usable_device(device)
-        checkpoint = open_checkpoint(source, dtype=dtype, weights=weights, vae=vae, prediction=prediction)
+        checkpoint = open_checkpoint(
+            source, dtype=dtype, weights=weights, vae=vae, tokenizer=tokenizer, prediction=prediction
+        )
         for note in checkpoint.notes:
             warn(note)
-        parts, own_tokenizer = checkpoint.components, read_tokenizer(checkpoint, tokenizer)
+        parts, own_tokenizer = checkpoint.components, read_tokenizer(checkpoint)
         return cls(
             build(TextEncoder, parts["text_encoder"], dtype, device),
             build(UNet, parts["unet"], dtype, device),

@@ -1,12 +1,12 @@
 """The data: pictures of emoji on coloured grounds, with captions.
 
 Everything is drawn on the fly from one font, Noto Color Emoji (by Google, under the SIL Open Font License),
-so there is no data set to download. A `Scene` says what is in a picture, `Studio.paint` draws it, `caption`
+so there is no data set to download. A `Scene` says what is in a picture, `Studio.draw` draws it, `caption`
 puts it into words:
 
     scene = draw_scene(seed=0, index=7, variety=PLAIN)      # a pure function of (seed, index)
     caption(scene, random.Random(1))                        # "a red heart on a blue background"
-    Studio().paint(scene, size=64)                          # a PIL image
+    Studio().draw(scene, size=64)                          # a PIL image
 
 Run as a program, it writes a contact sheet:  python scripts/emoji_data.py --sheet sheet.png
 """
@@ -193,7 +193,7 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """A picture before it is painted, with the words that must be said about it."""
+    """A picture before it is drawn, with the words that must be said about it."""
 
     figures: tuple[Figure, ...]
     ground: str
@@ -271,17 +271,17 @@ def vocabulary() -> Iterator[str]:
     yield from filter(None, PLACES)
 
 
-# ---- painting --------------------------------------------------------------------------------------------
+# ---- drawing --------------------------------------------------------------------------------------------
 
 
 class Studio:
-    """Holds every glyph in memory, once, and paints scenes."""
+    """Holds every glyph in memory, once, and draws scenes."""
 
     def __init__(self, font: str | Path | None = None) -> None:
         face = ImageFont.truetype(str(find_font(font)), STRIKE)
         self.glyphs = {character: _glyph(face, character) for character in EMOJI}
 
-    def paint(self, scene: Scene, size: int) -> Image.Image:
+    def draw(self, scene: Scene, size: int) -> Image.Image:
         """The scene as an RGB picture of `size` x `size` pixels."""
         picture = Image.new("RGB", (size, size), GROUNDS[scene.ground])
         for figure in scene.figures:
@@ -294,7 +294,7 @@ class Studio:
 
     def batch(self, scenes: Sequence[Scene], size: int) -> np.ndarray:
         """Many scenes as one array (B, 3, size, size), float32 in [-1, 1]."""
-        pixels = np.stack([np.asarray(self.paint(scene, size)) for scene in scenes])
+        pixels = np.stack([np.asarray(self.draw(scene, size)) for scene in scenes])
         return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32) / 127.5 - 1
 
 
@@ -377,7 +377,7 @@ def main() -> None:
     else:
         scenes = [Scene(figures=(Figure(character=c, height=0.84, x=0.5, y=0.5),), ground="white") for c in EMOJI]
         labels = [names[0] for names in EMOJI.values()]
-    pictures = [studio.paint(scene, arguments.size) for scene in scenes]
+    pictures = [studio.draw(scene, arguments.size) for scene in scenes]
     contact_sheet(pictures, labels, columns=12).save(arguments.sheet)
     print(arguments.sheet)
 

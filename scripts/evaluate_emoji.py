@@ -21,7 +21,7 @@ from PIL import Image
 from recognition import Gallery, centre, halves, nearest_ground
 from torch import Tensor
 from tqdm import tqdm
-from train_vae import TEST, Paintings, pictures
+from train_vae import TEST, Drawings, pictures
 
 from minisd.checkpoint.hub import embedded_model
 from minisd.pipeline import StableDiffusion
@@ -34,21 +34,21 @@ STEPS = (5, 10, 20, 50, 100)
 MARKS = ("<!-- measured by scripts/evaluate_emoji.py -->", "<!-- end of measurements -->")
 
 
-class Painter:
+class Sampler:
     """Paints prompts in batches, each with a seed of its own, and remembers how long that took."""
 
     def __init__(self, sd: StableDiffusion, batch: int) -> None:
         self.sd, self.batch = sd, batch
 
-    def paint(self, prompts: Sequence[str], **settings: object) -> list[Image.Image]:
+    def generate(self, prompts: Sequence[str], **settings: object) -> list[Image.Image]:
         """One picture a prompt."""
         chosen = {**self.sd.generation, **settings}
-        painted: list[Image.Image] = []
+        generated: list[Image.Image] = []
         for start in tqdm(range(0, len(prompts), self.batch), desc=", ".join(settings) or "best", leave=False):
             part = list(prompts[start : start + self.batch])
             generators = [torch.Generator().manual_seed(SEED + start + i) for i in range(len(part))]
-            painted += self.sd.text_to_image(part, generator=generators, **chosen)
-        return painted
+            generated += self.sd.text_to_image(part, generator=generators, **chosen)
+        return generated
 
 
 def share(hits: Iterable[bool]) -> str:
@@ -65,26 +65,26 @@ def every_step(sd: StableDiffusion) -> DDPMScheduler:
 # ---- text ------------------------------------------------------------------------------------------------
 
 
-def recognition(painter: Painter, gallery: Gallery, characters: Sequence[str], **settings: object) -> tuple[str, str]:
-    """How often the first, and one of the first five guesses, is the emoji whose name was painted."""
-    painted = painter.paint([EMOJI[c][0] for c in characters], **settings)
-    rankings = [gallery.ranking(picture) for picture in painted]
+def recognition(sampler: Sampler, gallery: Gallery, characters: Sequence[str], **settings: object) -> tuple[str, str]:
+    """How often the first, and one of the first five guesses, is the emoji whose name was generated."""
+    generated = sampler.generate([EMOJI[c][0] for c in characters], **settings)
+    rankings = [gallery.ranking(picture) for picture in generated]
     pairs = list(zip(characters, rankings, strict=True))
     return share(c == ranking[0] for c, ranking in pairs), share(c in ranking[:5] for c, ranking in pairs)
 
 
-def grounds(painter: Painter, characters: Sequence[str]) -> str:
+def grounds(sampler: Sampler, characters: Sequence[str]) -> str:
     """How often the border has the colour that was asked for, over all grounds."""
     asked = [(EMOJI[c][0], ground) for c in characters for ground in GROUNDS]
-    painted = painter.paint([f"{name} on a{'n' * (g == 'orange')} {g} background" for name, g in asked])
-    return share(nearest_ground(picture) == ground for picture, (_, ground) in zip(painted, asked, strict=True))
+    generated = sampler.generate([f"{name} on a{'n' * (g == 'orange')} {g} background" for name, g in asked])
+    return share(nearest_ground(picture) == ground for picture, (_, ground) in zip(generated, asked, strict=True))
 
 
-def places(painter: Painter, characters: Sequence[str]) -> str:
+def places(sampler: Sampler, characters: Sequence[str]) -> str:
     """How often the figure's centre of mass is on the side that was named, away from the middle."""
     asked = [(EMOJI[c][0], place) for c in characters for place in PLACES if place]
-    painted = painter.paint([f"{name} {place}" for name, place in asked])
-    return share(_is_at(place, *centre(picture)) for picture, (_, place) in zip(painted, asked, strict=True))
+    generated = sampler.generate([f"{name} {place}" for name, place in asked])
+    return share(_is_at(place, *centre(picture)) for picture, (_, place) in zip(generated, asked, strict=True))
 
 
 def _is_at(place: str, x: float, y: float) -> bool:
@@ -93,11 +93,11 @@ def _is_at(place: str, x: float, y: float) -> bool:
     return (x - 0.5) * (aim_x - 0.5) > 0.1 * abs(aim_x - 0.5) or (y - 0.5) * (aim_y - 0.5) > 0.1 * abs(aim_y - 0.5)
 
 
-def pairs(painter: Painter, gallery: Gallery, characters: Sequence[str]) -> tuple[str, str]:
+def pairs(sampler: Sampler, gallery: Gallery, characters: Sequence[str]) -> tuple[str, str]:
     """How often both of "a X and a Y" are recognised, X left and Y right: by first guess, and among five."""
     asked = list(zip(characters[::2], characters[1::2], strict=False))
-    painted = painter.paint([f"a {EMOJI[left][0]} and a {EMOJI[right][0]}" for left, right in asked])
-    rankings = [[gallery.ranking(half) for half in halves(picture)] for picture in painted]
+    generated = sampler.generate([f"a {EMOJI[left][0]} and a {EMOJI[right][0]}" for left, right in asked])
+    rankings = [[gallery.ranking(half) for half in halves(picture)] for picture in generated]
     return tuple(
         share(a in ra[:n] and b in rb[:n] for (a, b), (ra, rb) in zip(asked, rankings, strict=True)) for n in (1, 5)
     )  # type: ignore[return-value]
@@ -109,7 +109,7 @@ def pairs(painter: Painter, gallery: Gallery, characters: Sequence[str]) -> tupl
 @torch.no_grad()
 def autoencoder(vae: VAE, studio: Studio, count: int) -> tuple[Tensor, Tensor]:
     """PSNR in decibels and SSIM of unseen compositions, each (count,)."""
-    unseen = Paintings(studio, TEST, FULL, vae.config.sample_size)
+    unseen = Drawings(studio, TEST, FULL, vae.config.sample_size)
     images = pictures(unseen, 0, count).to(vae.quant_conv.weight.device)
     decoded = torch.cat([vae.decode(vae.encode(part).mode()) for part in images.split(16)]).clamp(-1, 1)
     mse = ((decoded - images) / 2).square().mean(dim=(1, 2, 3))
@@ -139,7 +139,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 def table(sd: StableDiffusion, studio: Studio, *, names: int, few: int, batch: int) -> Iterable[str]:
     """The lines of the table, each as soon as it is measured. `few` names for the costly rows."""
-    painter, gallery = Painter(sd, batch), Gallery.paint(studio, sd.vae.config.sample_size)
+    sampler, gallery = Sampler(sd, batch), Gallery.draw(studio, sd.vae.config.sample_size)
     characters = list(EMOJI)
     random.Random(SEED).shuffle(characters)
     best = sd.generation
@@ -150,17 +150,17 @@ def table(sd: StableDiffusion, studio: Studio, *, names: int, few: int, batch: i
         return f"| {what} | {settings} | {first} | {five} | {aim} |"
 
     usual = f"DDIM {best['steps']}, guidance {best['guidance_scale']:g}"
-    yield row("recognition", usual, *recognition(painter, gallery, characters[:names]), "90 %, top-5 97 %")
-    yield row("ground", usual, grounds(painter, characters[: few // 2]), "", "98 %")
-    yield row("place", usual, places(painter, characters[:few]), "", "95 %")
+    yield row("recognition", usual, *recognition(sampler, gallery, characters[:names]), "90 %, top-5 97 %")
+    yield row("ground", usual, grounds(sampler, characters[: few // 2]), "", "98 %")
+    yield row("place", usual, places(sampler, characters[:few]), "", "95 %")
     countable = [c for c in characters if EMOJI[c][0] not in PLURAL | UNCOUNTED]
-    yield row("pair, X left and Y right", usual, *pairs(painter, gallery, countable[: 3 * few]), "70 %")
+    yield row("pair, X left and Y right", usual, *pairs(sampler, gallery, countable[: 3 * few]), "70 %")
     for guidance in GUIDANCES:
-        found = recognition(painter, gallery, characters[: 2 * few], guidance_scale=guidance)
+        found = recognition(sampler, gallery, characters[: 2 * few], guidance_scale=guidance)
         yield row("recognition", f"DDIM {best['steps']}, guidance {guidance:g}", *found)
     for steps in STEPS:
-        yield row("recognition", f"DDIM {steps}", *recognition(painter, gallery, characters[: 2 * few], steps=steps))
-    found = recognition(painter, gallery, characters[: few // 2], steps=1000, scheduler=every_step(sd))
+        yield row("recognition", f"DDIM {steps}", *recognition(sampler, gallery, characters[: 2 * few], steps=steps))
+    found = recognition(sampler, gallery, characters[: few // 2], steps=1000, scheduler=every_step(sd))
     yield row("recognition", "DDPM 1000", *found)
     decibels, likeness = autoencoder(sd.vae, studio, 10 * few)
     unseen = f"{10 * few} unseen compositions"

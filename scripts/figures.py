@@ -49,7 +49,7 @@ SAMPLES = """
 ROWS = ("a strawberry", "a penguin on a pink background", "a rocket", "a house on a green background")
 
 
-def paint(sd: StableDiffusion, prompts: list[str], **settings: object) -> list[Image.Image]:
+def generate(sd: StableDiffusion, prompts: list[str], **settings: object) -> list[Image.Image]:
     """One picture a prompt, the n-th from seed SEED + n, at the model's best settings but for `settings`."""
     generators = [torch.Generator().manual_seed(SEED + number) for number in range(len(prompts))]
     return sd.text_to_image(prompts, generator=generators, **{**sd.generation, **settings})
@@ -58,24 +58,26 @@ def paint(sd: StableDiffusion, prompts: list[str], **settings: object) -> list[I
 def samples(sd: StableDiffusion) -> Image.Image:
     """Prompts that people would try."""
     prompts = [" ".join(prompt.split()) for prompt in SAMPLES.split(";")]
-    return contact_sheet(paint(sd, prompts), prompts, COLUMNS)
+    return contact_sheet(generate(sd, prompts), prompts, COLUMNS)
 
 
 def guidance(sd: StableDiffusion) -> Image.Image:
     """A row for each prompt, from no guidance to far too much."""
-    return grid([(f"guidance {g:g}", paint(sd, list(ROWS), guidance_scale=g)) for g in GUIDANCES])
+    return grid([(f"guidance {g:g}", generate(sd, list(ROWS), guidance_scale=g)) for g in GUIDANCES])
 
 
 def steps(sd: StableDiffusion) -> Image.Image:
     """A row for each prompt, from five steps of DDIM to the thousand of DDPM."""
-    columns = [(f"DDIM, {n} steps", paint(sd, list(ROWS), steps=n)) for n in STEPS]
-    return grid([*columns, ("DDPM, 1000 steps", paint(sd, list(ROWS), steps=1000, scheduler=every_step(sd)))])
+    columns = [(f"DDIM, {n} steps", generate(sd, list(ROWS), steps=n)) for n in STEPS]
+    return grid([*columns, ("DDPM, 1000 steps", generate(sd, list(ROWS), steps=1000, scheduler=every_step(sd)))])
 
 
 def grid(columns: list[tuple[str, list[Image.Image]]]) -> Image.Image:
     """Columns under one label each, beside one another."""
-    labels, painted = zip(*columns, strict=True)
-    cells = [(picture, label) for row in zip(*painted, strict=True) for picture, label in zip(row, labels, strict=True)]
+    labels, generated = zip(*columns, strict=True)
+    cells = [
+        (picture, label) for row in zip(*generated, strict=True) for picture, label in zip(row, labels, strict=True)
+    ]
     return contact_sheet([picture for picture, _ in cells], [label for _, label in cells], len(columns))
 
 
@@ -88,24 +90,24 @@ def one(sd: StableDiffusion, prompt: str, seed: int = SEED, **settings: object) 
 
 
 def img2img(sd: StableDiffusion) -> Image.Image:
-    """A picture, repainted by and by."""
+    """A picture, changed by and by."""
     picture = one(sd, "orange on a blue background")
     strengths = (0.3, 0.5, 0.7, 0.9)
     prompt = "a tomato on a blue background"
-    painted = [
+    generated = [
         finish(sd, image_to_image(sd, prompt, picture, strength=s, seed=SEED, **sd.generation))[0] for s in strengths
     ]
-    return contact_sheet([picture, *painted], ["the picture", *(f"strength {s}" for s in strengths)], 5)
+    return contact_sheet([picture, *generated], ["the picture", *(f"strength {s}" for s in strengths)], 5)
 
 
 def inpaint_figure(sd: StableDiffusion) -> Image.Image:
-    """Half of a picture, painted anew three times."""
+    """Half of a picture, generated anew three times."""
     picture = one(sd, "a mushroom and a star on a blue background")
     mask = Image.new("L", picture.size, 0)
     mask.paste(255, (picture.width // 2, 0, picture.width, picture.height))
     prompts = [f"a mushroom and a {thing} on a blue background" for thing in ("red heart", "tree", "lemon")]
-    painted = [finish(sd, inpaint(sd, prompt, picture, mask, seed=SEED, **sd.generation))[0] for prompt in prompts]
-    return contact_sheet([picture, mask.convert("RGB"), *painted], ["the picture", "the mask", *prompts], 5)
+    generated = [finish(sd, inpaint(sd, prompt, picture, mask, seed=SEED, **sd.generation))[0] for prompt in prompts]
+    return contact_sheet([picture, mask.convert("RGB"), *generated], ["the picture", "the mask", *prompts], 5)
 
 
 def inversion(sd: StableDiffusion) -> Image.Image:
@@ -115,7 +117,7 @@ def inversion(sd: StableDiffusion) -> Image.Image:
         Figure(character="🍎", height=0.6, x=0.32, y=0.36),
         Figure(character="⭐", height=0.42, x=0.72, y=0.68),
     )
-    picture = Studio().paint(Scene(figures=figures, ground="blue"), size)
+    picture = Studio().draw(Scene(figures=figures, ground="blue"), size)
     prompt = "an apple and a star on a blue background"
     latents = mean_latents(sd, to_images([picture], size, size))
     settings: dict[str, Any] = {"steps": 50, "guidance_scale": 7.5}
@@ -123,7 +125,7 @@ def inversion(sd: StableDiffusion) -> Image.Image:
         round_trip(sd, prompt, latents, [picture], invert(sd, prompt, latents, exact=way, **settings), **settings)
         for way in (False, True)
     ]
-    apple = Studio().paint(Scene(figures=(replace(figures[0], height=0.7, x=0.45, y=0.55),), ground="blue"), size)
+    apple = Studio().draw(Scene(figures=(replace(figures[0], height=0.7, x=0.45, y=0.55),), ground="blue"), size)
     words = "an apple on a blue background"
     start = mean_latents(sd, to_images([apple], size, size))
     edited = finish(sd, edit(sd, words, words.replace("blue", "yellow"), start, start=12, **sd.generation))[0]
@@ -144,8 +146,8 @@ def interpolation(sd: StableDiffusion) -> Image.Image:
     shape = (1, *sd.latent_shape(None, None))
     first, last = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (SEED, SEED + 1))
     prompts = ("a green apple", "a tomato on a yellow background")
-    painted = finish(sd, interpolate(sd, prompts, (first, last), frames=7, **sd.generation))
-    return contact_sheet(painted, [prompts[0], *[""] * 5, prompts[1]], 7)
+    generated = finish(sd, interpolate(sd, prompts, (first, last), frames=7, **sd.generation))
+    return contact_sheet(generated, [prompts[0], *[""] * 5, prompts[1]], 7)
 
 
 def guided(sd: StableDiffusion) -> Image.Image:

@@ -1,4 +1,4 @@
-"""The data of text-to-image training: many scenes, painted and encoded once, with captions drawn anew for every step.
+"""The data of text-to-image training: many scenes, drawn and encoded once, with captions drawn anew for every step.
 
 The batch of a step is a function of the step alone, so a run that was stopped goes on as if nothing had happened, and
 every process of a team knows the whole batch and takes its share.
@@ -75,7 +75,7 @@ def _fingerprint(vae: VAE) -> str:
 
 @torch.no_grad()
 def encode(scenes: Sequence[Scene], vae: VAE, studio: Studio) -> tuple[Tensor, Tensor]:
-    """Paint scenes and encode them: mean and standard deviation of their latents, each (N, 4, H/8, W/8)."""
+    """Draw scenes and encode them: mean and standard deviation of their latents, each (N, 4, H/8, W/8)."""
     device = vae.quant_conv.weight.device
     means, stds = [], []
     for start in tqdm(range(0, len(scenes), 32), desc="encoding", unit="batch", mininterval=2):

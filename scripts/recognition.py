@@ -27,7 +27,7 @@ class Gallery:
         self.thumbnails = np.stack([normalised(figure) for figure in figures])
 
     @classmethod
-    def paint(cls, studio: Studio, size: int) -> Gallery:
+    def draw(cls, studio: Studio, size: int) -> Gallery:
         """The gallery of a font."""
         return cls(paint_figures(studio, size))
 
@@ -48,7 +48,7 @@ class Gallery:
 def paint_figures(studio: Studio, size: int) -> list[Image.Image]:
     """Every emoji cut out of a picture of `size` pixels."""
     scenes = [Scene(figures=(Figure(character=c, height=0.84, x=0.5, y=0.5),), ground="white") for c in EMOJI]
-    return [figure_of(studio.paint(scene, size)) for scene in scenes]
+    return [figure_of(studio.draw(scene, size)) for scene in scenes]
 
 
 def save_sheet(figures: Sequence[Image.Image], path: Path, columns: int = 16) -> None:

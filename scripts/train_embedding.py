@@ -4,8 +4,8 @@
     minisd generate "a <thing> on a blue background" --embedding thing.safetensors
 
 Nothing of the model changes. Only the new word's rows in the text encoder's table are learned, so that the word makes
-the model predict the noise in the pictures (Gal et al. 2022, arXiv:2208.01618). What the model cannot paint no word
-can make it paint: the pictures here show an emoji that it knows, but it is never told its name. (For a thing that is
+the model predict the noise in the pictures (Gal et al. 2022, arXiv:2208.01618). What the model cannot generate no word
+can make it generate: the pictures here show an emoji that it knows, but it is never told its name. (For a thing that is
 new see `train_lora.py`.) diffusers loads the file too.
 """
 
@@ -20,7 +20,7 @@ from latent_bank import Bank, draw_batch, encode
 from recognition import Gallery
 from torch import Tensor
 from tqdm import tqdm
-from train_lora import paint, recognised, scenes_of
+from train_lora import generate, recognised, scenes_of
 from train_text_to_image import Denoiser, learn
 from training import learning_rate
 
@@ -63,7 +63,7 @@ def train(sd: StableDiffusion, bank: Bank, word: str, *, steps: int, batch: int,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Learn a word for an emoji from its pictures alone.")
-    parser.add_argument("character", help="an emoji that the model can paint, such as 🐙")
+    parser.add_argument("character", help="an emoji that the model can generate, such as 🐙")
     parser.add_argument("word", help="the new word, such as '<thing>'")
     parser.add_argument("--out", type=Path, default=Path("embedding.safetensors"), metavar="FILE")
     parser.add_argument("--sheet", type=Path, metavar="OUT.png", help="pictures without it, and with it")
@@ -74,16 +74,16 @@ def main() -> None:
     parser.add_argument("--font", type=Path, help="NotoColorEmoji.ttf, if it is not in its usual place")
     arguments = parser.parse_args()
     word, studio = arguments.word, Studio(arguments.font)
-    sd, gallery = StableDiffusion.load(), Gallery.paint(studio, 128)
+    sd, gallery = StableDiffusion.load(), Gallery.draw(studio, 128)
     EMOJI[arguments.character] = (word,)  # captions shall call it so, and never by its names
     sd.load_embedding(first_vectors(sd, arguments.vectors), word)
     prompts = [word, *(f"{word} {where}" for where in PLACES)]
-    before = paint(sd, prompts)
+    before = generate(sd, prompts)
     scenes = scenes_of(arguments.character, 128)
     bank = Bank(scenes, *encode(scenes, sd.vae, studio))
     train(sd, bank, word, steps=arguments.steps, batch=arguments.batch, peak=arguments.lr)
     path = write_embedding(arguments.out, word, sd.adapters.embeddings[word])
-    after = paint(sd, prompts)
+    after = generate(sd, prompts)
     for when, pictures in (("before", before), ("after", after)):
         seen = recognised(pictures, [arguments.character] * len(prompts), gallery)
         print(f"{when}: the emoji is recognised in {seen} pictures of {word}")

@@ -79,7 +79,7 @@ def train(sd: StableDiffusion, bank: Bank, factors: Factors, *, steps: int, batc
     return losses
 
 
-def paint(sd: StableDiffusion, words: Sequence[str]) -> list[Image.Image]:
+def generate(sd: StableDiffusion, words: Sequence[str]) -> list[Image.Image]:
     """A picture of each, always from the same noise."""
     return sd.text_to_image([f"a {one}" for one in words], seed=SEED, **sd.generation)
 
@@ -105,14 +105,14 @@ def main() -> None:
     EMOJI[arguments.character] = (arguments.name,)
     sd, studio = StableDiffusion.load(), Studio(arguments.font)
     words = [*(arguments.name + where for where in PLACES), *OTHERS.values()]
-    before = paint(sd, words)
+    before = generate(sd, words)
     known = [draw_scene(SEED, index, FULL) for index in range(128)]
     scenes = known + scenes_of(arguments.character, 256)
     bank, factors = Bank(scenes, *encode(scenes, sd.vae, studio)), new_factors(sd, arguments.rank)
     train(sd, bank, factors, steps=arguments.steps, batch=arguments.batch, peak=arguments.lr)
     path = write_lora(arguments.out, factors, metadata={"ss_network_dim": str(arguments.rank)})
     sd.load_lora(path)
-    after, gallery, new = paint(sd, words), Gallery.paint(studio, 128), len(PLACES)
+    after, gallery, new = generate(sd, words), Gallery.draw(studio, 128), len(PLACES)
     for when, pictures in (("before", before), ("after", after)):
         seen = recognised(pictures[:new], [arguments.character] * new, gallery)
         others = recognised(pictures[new:], list(OTHERS), gallery)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from emoji_data import FULL, PLAIN, contact_sheet, fail
+from emoji_data import FULL, PLAIN, contact_sheet, fail, vocabulary
 from emoji_model import EMOJI_TEXT_ENCODER, EMOJI_UNET
 from latent_bank import Bank, Batch, draw_batch, open_bank
 from PIL import Image
@@ -254,6 +254,7 @@ def main() -> None:
         )
         if team.leads:
             assemble(model.cpu(), vae.cpu(), tokenizer, schedule).save(run / "model", dtype=torch.float16)
+            (run / "model" / "words.txt").write_text("\n".join(vocabulary()) + "\n", encoding="utf-8")
             print(run / "model")
 
 

@@ -49,7 +49,7 @@ WARMUP = 100  # steps
 TRAIN, TEST = 0, 1  # seeds of the two series of scenes
 
 
-class Paintings(Dataset[np.ndarray]):
+class Drawings(Dataset[np.ndarray]):
     """An endless series of scenes as pictures (3, size, size) in [-1, 1]."""
 
     def __init__(self, studio: Studio, seed: int, variety: Variety, size: int) -> None:
@@ -59,9 +59,9 @@ class Paintings(Dataset[np.ndarray]):
         return self.studio.batch([draw_scene(self.seed, index, self.variety)], self.size)[0]
 
 
-def pictures(paintings: Dataset[np.ndarray], start: int, count: int) -> Tensor:
+def pictures(drawings: Dataset[np.ndarray], start: int, count: int) -> Tensor:
     """The pictures `start` ... `start + count` of a series as a batch (B, 3, H, W)."""
-    return torch.from_numpy(np.stack([paintings[index] for index in range(start, start + count)]))
+    return torch.from_numpy(np.stack([drawings[index] for index in range(start, start + count)]))
 
 
 class Autoencoder(nn.Module):
@@ -86,15 +86,15 @@ def loss(images: Tensor, decoded: Tensor, mean: Tensor, logvar: Tensor) -> Tenso
     return colours + EDGE_WEIGHT * edges + KL_WEIGHT * kl
 
 
-def batches(paintings: Dataset[np.ndarray], first: int, last: int, batch: int, workers: int) -> DataLoader[np.ndarray]:
-    """The batches of steps `first` ... `last`, painted by `workers` processes (0: by this one)."""
-    return DataLoader(paintings, batch, sampler=range(first * batch, last * batch), num_workers=workers)
+def batches(drawings: Dataset[np.ndarray], first: int, last: int, batch: int, workers: int) -> DataLoader[np.ndarray]:
+    """The batches of steps `first` ... `last`, drawn by `workers` processes (0: by this one)."""
+    return DataLoader(drawings, batch, sampler=range(first * batch, last * batch), num_workers=workers)
 
 
 def train(
     team: Team,
     folder: Path,
-    paintings: Dataset[np.ndarray],
+    drawings: Dataset[np.ndarray],
     vae: VAE,
     *,
     steps: int,
@@ -115,7 +115,7 @@ def train(
     first = load_checkpoint(folder / "train.pt", parts)
     model = team.join(Autoencoder(vae))
     progress = Progress(folder, team, range(first, max(first, steps)), batch)
-    for step, whole in zip(progress, batches(paintings, first, steps, batch, workers), strict=False):
+    for step, whole in zip(progress, batches(drawings, first, steps, batch, workers), strict=False):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, peak=peak, warmup=WARMUP, total=steps)
         images, noise = team.share(whole), team.share(noise_for(vae, whole, step))
@@ -160,10 +160,10 @@ def before_and_after(vae: VAE, unseen: Dataset[np.ndarray], columns: int = 12) -
 
 
 @torch.no_grad()
-def scaling_factor(vae: VAE, paintings: Dataset[np.ndarray], count: int = 1024) -> float:
+def scaling_factor(vae: VAE, drawings: Dataset[np.ndarray], count: int = 1024) -> float:
     """One over the standard deviation of the latents (Rombach et al. 2022, appendix G)."""
     device = vae.quant_conv.weight.device
-    latents = [vae.encode(pictures(paintings, start, 16).to(device)).sample() for start in range(0, count, 16)]
+    latents = [vae.encode(pictures(drawings, start, 16).to(device)).sample() for start in range(0, count, 16)]
     return 1 / float(torch.cat(latents).std())
 
 
@@ -202,7 +202,7 @@ def read_arguments() -> argparse.Namespace:
     start.add_argument("--decoder-of", type=Path, metavar="FILE", help="improve only the decoder of this vae.pt")
     parser.add_argument("--plain", action="store_true", help="one thing in the middle: no sizes, places and pairs")
     parser.add_argument("--save-every", type=int, default=500, metavar="STEPS", help="checkpoint and samples")
-    parser.add_argument("--workers", type=int, default=0, help="processes that paint (for a GPU: one for each core)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that draw (for a GPU: one for each core)")
     parser.add_argument("--font", type=Path, help="NotoColorEmoji.ttf, if it is not in its usual place")
     arguments = parser.parse_args()
     for path in (arguments.start, arguments.decoder_of):
@@ -216,7 +216,7 @@ def main() -> None:
     run = arguments.out
     run.mkdir(parents=True, exist_ok=True)
     studio, variety = Studio(arguments.font), PLAIN if arguments.plain else FULL
-    paintings, unseen = (Paintings(studio, seed, variety, arguments.size) for seed in (TRAIN, TEST))
+    drawings, unseen = (Drawings(studio, seed, variety, arguments.size) for seed in (TRAIN, TEST))
 
     def show(vae: VAE, step: int) -> None:
         tqdm.write(f"step {step}: {psnr(vae, unseen):.2f} dB")
@@ -227,7 +227,7 @@ def main() -> None:
         vae = train(
             team,
             run,
-            paintings,
+            drawings,
             new_vae(arguments.start, arguments.decoder_of),
             steps=arguments.steps,
             batch=arguments.batch,
@@ -237,13 +237,13 @@ def main() -> None:
             show=show,
         )
         if team.leads:
-            finish(vae, paintings, keep_scale=arguments.decoder_of is not None, path=run / "vae.pt")
+            finish(vae, drawings, keep_scale=arguments.decoder_of is not None, path=run / "vae.pt")
             print(run / "vae.pt")
 
 
-def finish(vae: VAE, paintings: Dataset[np.ndarray], *, keep_scale: bool, path: Path) -> None:
+def finish(vae: VAE, drawings: Dataset[np.ndarray], *, keep_scale: bool, path: Path) -> None:
     """Measure the scaling factor, unless the latents are those of before, and write the result."""
-    scale = vae.scaling_factor if keep_scale else scaling_factor(vae, paintings)
+    scale = vae.scaling_factor if keep_scale else scaling_factor(vae, drawings)
     if not math.isfinite(scale):
         sys.exit(fail("the latents are not finite; try a smaller --lr"))
     config = dataclasses.replace(EMOJI_VAE, scaling_factor=round(scale, 5))

@@ -38,6 +38,7 @@ class Checkpoint:
     survey: Survey
     notes: list[str] = field(default_factory=list)
     generation: Mapping[str, Any] = field(default_factory=dict)  # recommended settings: steps, guidance_scale
+    tokenizer: Source | CLIPTokenizer | None = None  # replaces the model's own
 
     @property
     def config(self) -> ModelConfig:
@@ -51,12 +52,13 @@ def open_checkpoint(
     dtype: torch.dtype | None,
     weights: str = "auto",
     vae: Source | None = None,
+    tokenizer: Source | CLIPTokenizer | None = None,
     prediction: str | None = None,
 ) -> Checkpoint:
     """Understand `source` (see `hub.resolve`) from its headers. `dtype` decides which variant of a file is taken.
 
-    `vae`: a VAE that replaces the model's. `prediction`: "epsilon", "v_prediction" or "sample", where the files do not
-    say what the UNet predicts, or say it wrongly. Raises FileNotFoundError for a path that is not there,
+    `vae`, `tokenizer`: what replaces the model's own. `prediction`: "epsilon", "v_prediction" or "sample", where the
+    files do not say what the UNet predicts, or say it wrongly. Raises FileNotFoundError for a path that is not there,
     CheckpointError for anything that cannot be loaded.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -67,7 +69,7 @@ def open_checkpoint(
     notes = list(found.notes)
     if vae is not None:
         parts["vae"] = open_alone(vae, "vae", half=half, notes=notes)
-    checkpoint = Checkpoint(found.path, parts, found.schedule.settings, found, notes, found.generation)
+    checkpoint = Checkpoint(found.path, parts, found.schedule.settings, found, notes, found.generation, tokenizer)
     check_parts(checkpoint)
     return checkpoint
 
@@ -149,12 +151,12 @@ def usable_device(device: str | torch.device) -> torch.device:
     return device
 
 
-def read_tokenizer(checkpoint: Checkpoint, tokenizer: Source | CLIPTokenizer | None) -> CLIPTokenizer:
+def read_tokenizer(checkpoint: Checkpoint) -> CLIPTokenizer:
     """The tokenizer asked for, the checkpoint's own, or CLIP's; its ids must fit the text encoder."""
-    if isinstance(tokenizer, CLIPTokenizer):
-        found = tokenizer
-    elif tokenizer is not None:
-        found = load_tokenizer(tokenizer)
+    if isinstance(checkpoint.tokenizer, CLIPTokenizer):
+        found = checkpoint.tokenizer
+    elif checkpoint.tokenizer is not None:
+        found = load_tokenizer(checkpoint.tokenizer)
     elif (own := checkpoint.survey.tokenizer()) is not None:
         found = CLIPTokenizer(**vars(own))
     else:

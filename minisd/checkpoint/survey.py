@@ -424,7 +424,8 @@ def check_tokenizer(path: Path, tokenizer: Any, config: TextEncoderConfig) -> No
     if max(tokenizer.vocabulary.values()) >= config.vocabulary or tokenizer.context_length > config.context_length:
         raise CheckpointError(
             f"{path}: the tokenizer ({len(tokenizer.vocabulary):,} tokens, {tokenizer.context_length} long) does not "
-            f"fit the text encoder ({config.vocabulary:,} tokens, {config.context_length} long); give tokenizer="
+            f"fit the text encoder ({config.vocabulary:,} tokens, {config.context_length} long); give tokenizer= "
+            "(--tokenizer FOLDER)"
         )
 
 

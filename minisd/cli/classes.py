@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from minisd.cli.options import REPORT, RUN, Painting, options
+from minisd.cli.options import REPORT, RUN, PictureCommand, options
 
 if TYPE_CHECKING:
     from minisd.pixel.pipeline import PixelDiffusion
 
 
-@click.command(cls=Painting)
+@click.command(cls=PictureCommand)
 @click.option("-m", "--model", default="fashion", show_default=True, help="fashion, a folder, or a hub id.")
 @click.option("--class", "chosen", multiple=True, metavar="NAME", help="One class, by name or number; again for more.")
 @click.option("--images", type=click.IntRange(1, 1000), default=8, show_default=True, help="Pictures of each class.")

@@ -1,4 +1,4 @@
-"""A painting command at work: its options -> a model and a `Sampling`; the steps -> files and what is said of them."""
+"""A picture command at work: its options -> a model and a `Sampling`; the steps -> files and what is said of them."""
 
 import math
 import secrets
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from minisd.cli.options import path_and_number, path_and_token
 from minisd.cli.output import Paths, check_folder, make_grid, parameters, plan_paths, report, write_png
+from minisd.cli.words import tell_unknown
 from minisd.files import shown
 from minisd.pipeline import StableDiffusion, to_pictures
 from minisd.sampling import Sampling, Step, tell_seed
@@ -69,6 +70,8 @@ class Job:
         height, width = (side * sd.vae.config.downsampling for side in latent_size)
         tell_size(sd, size)
         tell_scheduler(sd, options.get("scheduler"))
+        if not options["loras"] and not options["embeddings"]:  # they may have brought words
+            tell_unknown(options["model"], [prompt, options["negative_prompt"], extra.get("new_prompt", "")])
         steps, scale = sampling.steps_and_scale(sd.generation)
         for last in {seed, seed + images - 1}:
             tell_seed(last)
@@ -107,15 +110,31 @@ class Job:
         hidden = True if self.options["quiet"] else None
         yield from tqdm(steps, total=self.steps if total is None else total, unit="step", leave=False, disable=hidden)
 
+    def batches(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The settings of each batch, and the index of its first image. Each image keeps its own generator."""
+        settings, images = self.settings, self.sampling.images_per_prompt
+        size = self.options.get("batch") or images
+        for first in range(0, images, size):
+            generators = settings["generator"][first : first + size]
+            yield first, {**settings, "generator": generators, "images_per_prompt": len(generators)}
+
+    def run(self, denoise: Callable[..., Iterable[Step]], steps: int | None = None) -> list[Image.Image]:
+        """Run the sampling loop `denoise`(**settings), of `steps` steps, for each batch."""
+        pictures: list[Image.Image] = []
+        for first, settings in self.batches():
+            name = f"image-{first + 1:03}-" if self.options.get("batch") else ""
+            pictures += self.run_batch(denoise(**settings), steps, name)
+        return pictures
+
     @torch.no_grad()
-    def run(self, denoising: Iterable[Step], steps: int | None = None) -> list[Image.Image]:
-        """Run a sampling loop of `steps` steps under a progress bar, and decode the last latents."""
+    def run_batch(self, denoising: Iterable[Step], steps: int | None, name: str) -> list[Image.Image]:
+        """Run one loop under a progress bar, and decode the last latents. Previews are named `name`step-..."""
         folder = self.options.get("steps_dir")
         for step in self.progress(denoising, steps):
             if folder is not None:
                 Path(folder).mkdir(exist_ok=True)
                 predicted = make_grid(to_pictures(self.sd.decode(step.x0)))
-                path = Path(folder, f"step-{step.index + 1:03}-t{step.timestep:03}.png")
+                path = Path(folder, f"{name}step-{step.index + 1:03}-t{step.timestep:03}.png")
                 write_png(path, predicted, parameters(self.told(), self.extra, self.seed))
         return finished(denoising, to_pictures(self.sd.decode(step.latents)))
 
@@ -186,7 +205,7 @@ def check_eta(sampling: Sampling) -> None:
 def load(options: Mapping[str, Any]) -> StableDiffusion:
     """Load the model, as the options say."""
     device, dtype = choose_device_and_dtype(options)
-    given = {name: options[name] for name in ("weights", "vae", "prediction")}
+    given = {name: options[name] for name in ("weights", "vae", "tokenizer", "prediction")}
     return StableDiffusion.load(options["model"], dtype=dtype, device=device, **given)
 
 

@@ -1,4 +1,4 @@
-"""Every option of the painting commands, once; a command says which it takes, by name. Only click is imported here.
+"""Every option of the picture commands, once; a command says which it takes, by name. Only click is imported here.
 
 An option's parameter has the name that the setting has in `minisd.sampling.Sampling`, wherever it is one.
 """
@@ -36,6 +36,7 @@ OPTIONS: dict[str, Any] = {
         "-m", "--model", default="emoji", show_default=True, help="emoji, sd15, a folder, a file, or a hub id."
     ),
     "vae": click.option("--vae", help="Take the VAE from this folder, file or checkpoint."),
+    "tokenizer": click.option("--tokenizer", metavar="FOLDER", help="Take the tokenizer from there."),
     "weights": click.option(
         "--weights", type=click.Choice(["auto", "ema", "raw"]), default="auto", help="If a file has two sets."
     ),
@@ -82,6 +83,11 @@ OPTIONS: dict[str, Any] = {
         type=click.IntRange(1, 1000),
         default=1,
         help="How many; also written as one grid.",
+    ),
+    "batch": click.option(
+        "--batch",
+        type=click.IntRange(1),
+        help="How many of --images at once; 1: each equal to the bit to the same image alone. [default: all]",
     ),
     "clip-skip": click.option(
         "--clip-skip", type=click.IntRange(0), default=0, help="Leave out that many last text encoder layers."
@@ -137,7 +143,7 @@ ALIASES = {
 }
 
 
-class Painting(click.Command):
+class PictureCommand(click.Command):
     """A command that knows `ALIASES` of its options."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -151,7 +157,7 @@ class Painting(click.Command):
         return super().parse_args(ctx, args)
 
 
-MODEL = ("model", "vae", "weights", "prediction", "lora", "embedding")
+MODEL = ("model", "vae", "tokenizer", "weights", "prediction", "lora", "embedding")
 RUN = ("device", "dtype")
 REPORT = ("json", "quiet")
 INVERSION = (
@@ -160,7 +166,7 @@ INVERSION = (
 )
 GENERATION = (
     *("output", *MODEL, "negative", "seed", "steps", "guidance", "guidance-rescale", "size", "scheduler", "eta"),
-    *("images", "clip-skip", "long-prompts", *RUN, "steps-dir", *REPORT),
+    *("images", "batch", "clip-skip", "long-prompts", *RUN, "steps-dir", *REPORT),
 )
 
 

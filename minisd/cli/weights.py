@@ -86,6 +86,7 @@ def number_of_bytes(_: click.Context, __: click.Parameter, text: str | None) -> 
 @click.option(
     "--prediction", type=click.Choice(PREDICTIONS), help="What the UNet predicts. [default: what SOURCE says]"
 )
+@click.option("--tokenizer", metavar="FOLDER", help="The model's tokenizer, where SOURCE lacks it.")
 @click.option("--from-pickle", is_flag=True, help="SOURCE is a .ckpt, .pt or .bin; nothing in it is executed.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
 def convert(source: str, target: str, dtype: str | None, from_pickle: bool, quiet: bool, **settings: Any) -> None:

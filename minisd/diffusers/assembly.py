@@ -270,7 +270,7 @@ def loaded(
         if name not in given
     }
     if "tokenizer" not in given:
-        parts["tokenizer"] = CLIPTokenizer(read_tokenizer(checkpoint, None))
+        parts["tokenizer"] = CLIPTokenizer(read_tokenizer(checkpoint))
     return parts
 
 

@@ -75,7 +75,7 @@ class StableDiffusionInpaintPipeline(StableDiffusionPipeline):
         accept(type(self).__name__, {"padding_mask_crop": padding_mask_crop}, {"padding_mask_crop": (None,)}, [])
         channels = self.unet.config.in_channels
         if channels not in (4, 9):
-            raise ValueError(f"this UNet takes {channels} channels: painting into a mask takes 4 or 9")
+            raise ValueError(f"this UNet takes {channels} channels: inpainting takes 4 or 9")
         own = self._own_size()
         height, width = height or own[0], width or own[1]
         self._check_tiles(height, width, asked)

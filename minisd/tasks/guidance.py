@@ -138,7 +138,7 @@ class LossGuidance:
     [-1, 1]) -> (B,) with respect to x, through the VAE and the UNet; and x0 moves against it. Classifier guidance
     (Dhariwal & Nichol 2021, arXiv:2105.05233, algorithm 2) with a loss on the predicted x0 (Chung et al. 2022,
     arXiv:2209.14687; Bansal et al. 2023, arXiv:2302.07121). The gradient is taken at unit length, so that `scale` means
-    the same for any loss: 1 adds to the predicted noise as much again. Most of it the next step paints over.
+    the same for any loss: 1 adds to the predicted noise as much again. Most of it the next step takes back.
 
     `predict_noise`: what to guide; the model's own unless given, such as `compose`'s. `scheduler`: the one in use, if
     it is not the model's own schedule. On a `PixelDiffusion` nothing is decoded, and the gradient is that of pixels.

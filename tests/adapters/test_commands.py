@@ -48,7 +48,7 @@ def run(place, tmp_path, monkeypatch, capsys):
     return run
 
 
-def paint(run, place, *arguments: str, prompt: str = "a red cat") -> tuple[Result, np.ndarray]:
+def generate(run, place, *arguments: str, prompt: str = "a red cat") -> tuple[Result, np.ndarray]:
     common = ("-m", str(place / "tiny"), "--steps", "2", "-s", "1", "-q", "-o", "out.png")
     result = run("generate", prompt, *common, *arguments)
     assert result.status == 0, result.stderr
@@ -57,19 +57,19 @@ def paint(run, place, *arguments: str, prompt: str = "a red cat") -> tuple[Resul
 
 def test_lora(run, place):
     style = str(place / "style.safetensors")
-    plain = paint(run, place)[1]
-    result, _ = paint(run, place, "--lora", style, "--json")
+    plain = generate(run, place)[1]
+    result, _ = generate(run, place, "--lora", style, "--json")
     assert json.loads(result.stdout)["lora"] == style
-    strong = paint(run, place, "--lora", f"{style}:50")[1]  # so small a model is hardly moved by less
+    strong = generate(run, place, "--lora", f"{style}:50")[1]  # so small a model is hardly moved by less
     sd = minisd.StableDiffusion.load(place / "tiny")
     sd.load_lora(style, 0.5)
     (expected,) = sd.text_to_image("a red cat", steps=2, generator=[torch.Generator().manual_seed(1)])
-    half = paint(run, place, "--lora", f"{style}:0.5")[1]
+    half = generate(run, place, "--lora", f"{style}:0.5")[1]
     assert np.array_equal(half, np.asarray(expected))
     assert not np.array_equal(strong, plain)
     assert f'Lora: "{style}:0.5"' in Image.open("out.png").text["parameters"]
-    assert np.array_equal(paint(run, place, "--lora", f"{style}:0")[1], plain)
-    twice = paint(run, place, "--lora", f"{style}:0.5", "--lora", f"{style}:-0.5")[1].astype(int)
+    assert np.array_equal(generate(run, place, "--lora", f"{style}:0")[1], plain)
+    twice = generate(run, place, "--lora", f"{style}:0.5", "--lora", f"{style}:-0.5")[1].astype(int)
     assert np.abs(twice - plain).max() <= 1  # the two cancel, but for rounding
 
 
@@ -78,9 +78,9 @@ def test_embedding(run, place):
     see test_embeddings.py for the context.)
     """
     path = str(place / "zork.safetensors")
-    result, learnt = paint(run, place, "--embedding", path, prompt="a zork cat")
+    result, learnt = generate(run, place, "--embedding", path, prompt="a zork cat")
     assert "zork.safetensors: in prompts as zork" in result.stderr
-    renamed, picture = paint(run, place, "--embedding", f"{path}:<x>", prompt="a <x> cat")
+    renamed, picture = generate(run, place, "--embedding", f"{path}:<x>", prompt="a <x> cat")
     assert "in prompts as <x>" in renamed.stderr and np.array_equal(picture, learnt)
 
 

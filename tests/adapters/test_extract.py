@@ -30,7 +30,7 @@ def models(tmp_path_factory) -> Path:
 
 
 @torch.no_grad()
-def painted(sd) -> torch.Tensor:
+def generated(sd) -> torch.Tensor:
     return sd.unet(X, T, sd.text_encoder(sd.tokenizer(["red"])) + CONTEXT)
 
 
@@ -50,13 +50,13 @@ def test_what_was_baked_is_recovered(models, tmp_path):
         assert worst < bound, worst
 
 
-def test_the_model_with_it_paints_like_the_tuned_one(models, tmp_path):
+def test_the_model_with_it_generates_like_the_tuned_one(models, tmp_path):
     done = extract(models / "a", models / "b.safetensors", rank=4, target=tmp_path / "e.safetensors")
     sd, tuned = minisd.StableDiffusion.load(models / "a"), minisd.StableDiffusion.load(models / "b.safetensors")
-    plain, wanted = painted(sd), painted(tuned)
+    plain, wanted = generated(sd), generated(tuned)
     sd.load_lora(done.path)
     assert (plain - wanted).norm() > 0.05 * wanted.norm()
-    assert (painted(sd) - wanted).norm() < 1e-3 * (plain - wanted).norm()  # measured: 3.2e-4, float16's rounding
+    assert (generated(sd) - wanted).norm() < 1e-3 * (plain - wanted).norm()  # measured: 3.2e-4, float16's rounding
 
 
 def test_a_smaller_rank_keeps_the_largest_part(models, tmp_path):
@@ -126,7 +126,7 @@ def test_what_no_lora_holds_is_counted(models, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 def test_diffusers_loads_the_result(pair, twin, inputs, tmp_path):
-    """Extracted from the twin with a LoRA of its attention: both programs paint the same with it."""
+    """Extracted from the twin with a LoRA of its attention: both programs generate the same with it."""
     theirs, ours = pair
     ours.load_lora(write(tmp_path / "true.safetensors", lora(ours.config, pick=attention)))
     ours.save(tmp_path / "tuned")

@@ -74,6 +74,15 @@ def test_what_a_trainer_left_is_not_needed(model, tensors, tmp_path, trainer):
     assert "some_trainer" not in sys.modules
 
 
+def test_a_tokenizer_beside_a_pickle(model, tensors, tmp_path):
+    """A pickle holds no tokenizer, and the tiny model's is not CLIP's."""
+    model.save(tmp_path / "folder")
+    torch.save(tensors, tmp_path / "model.ckpt")
+    source, target = tmp_path / "model.ckpt", tmp_path / "model.safetensors"
+    convert(source, target, from_pickle=True, tokenizer=tmp_path / "folder" / "tokenizer")
+    assert StableDiffusion.load(target).tokenizer.vocabulary == model.tokenizer.vocabulary
+
+
 class Evil:
     """Runs a command when it is opened the ordinary way."""
 

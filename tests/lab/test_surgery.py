@@ -37,7 +37,7 @@ def test_swapped_blocks_lose_the_colours(found):
     assert np.abs(np.asarray(found["swapped"], float) - np.asarray(found["heart"], float)).mean() > 40
 
 
-def test_a_rounded_vae_paints_nearly_the_same(found):
+def test_a_rounded_vae_generates_nearly_the_same(found):
     difference = np.abs(np.asarray(found["rounded"], float) - np.asarray(found["heart"], float))
     assert 0 < difference.mean() < 5
     assert torch.equal(found["grafted"].unet.conv_in.weight, StableDiffusion.load("emoji").unet.conv_in.weight)

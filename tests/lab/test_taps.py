@@ -22,7 +22,7 @@ def sd():
     return tiny_model()
 
 
-def paint(sd, **changes) -> np.ndarray:
+def generate(sd, **changes) -> np.ndarray:
     return np.stack([np.asarray(picture) for picture in sd.text_to_image("a cat", seed=1, **{**SETTINGS, **changes})])
 
 
@@ -38,10 +38,10 @@ def hooks(sd) -> int:
 
 @pytest.mark.parametrize("keep", (False, True))
 def test_reading_everything_changes_no_bit(sd, keep):
-    plain, picture = latents(sd), paint(sd)
+    plain, picture = latents(sd), generate(sd)
     with sd.taps(keep=keep) as taps:
         assert torch.equal(latents(sd), plain)
-        assert np.array_equal(paint(sd), picture)
+        assert np.array_equal(generate(sd), picture)
     names = {reading.name for reading in taps.readings}
     assert names >= {point.name for point in taps.points if point.name.startswith(("unet", "text", "guidance", "x0"))}
 
@@ -54,7 +54,7 @@ def test_nothing_stays_behind(sd, failure):
         raise failure("enough")
 
     with pytest.raises(failure), sd.taps("*", edit={"unet.middle.0.resnet": breaks}):
-        paint(sd)
+        generate(sd)
     assert hooks(sd) == 0 and set(vars(sd)) == before
     with pytest.raises(ValueError, match="no tap answers"):
         sd.taps("unet.nowhere").__enter__()
@@ -88,7 +88,7 @@ def test_the_halves_are_the_right_way_round(sd):
 
 def test_no_tensor_is_kept_unless_asked_for(sd):
     with sd.taps("unet*") as taps:
-        paint(sd, steps=1)
+        generate(sd, steps=1)
     assert taps.readings and all(reading.tensor is None for reading in taps.readings)
     with pytest.raises(ValueError, match="keep=True"):
         _ = taps["unet"][0].positive
@@ -96,9 +96,9 @@ def test_no_tensor_is_kept_unless_asked_for(sd):
 
 def test_statistics(sd):
     with sd.taps("unet.conv_in", CROSS, keep=True) as kept:
-        paint(sd, steps=1)
+        generate(sd, steps=1)
     with sd.taps("unet.conv_in", CROSS) as streamed:
-        paint(sd, steps=1)
+        generate(sd, steps=1)
     for name in ("unet.conv_in", CROSS):
         tensor, reading = kept[name][0].tensor, streamed[name][0]
         assert reading.shape == tuple(tensor.shape)
@@ -120,7 +120,7 @@ def test_statistics_of_a_tensor_in_parts():
 def test_probabilities_are_what_the_kernel_uses(sd, name):
     """Their product with v, through the last layer, is what attention says; CLIP's look back only."""
     with sd.taps(f"{name}*", keep=True) as taps:
-        paint(sd, steps=1)
+        generate(sd, steps=1)
     maps, v, said = (taps[f"{name}{end}"][0].tensor for end in (".probabilities", ".v", ""))
     torch.testing.assert_close(maps.sum(-1), torch.ones(maps.shape[:-1]))
     module = getattr(sd, name.partition(".")[0]).get_submodule(name.partition(".")[2])

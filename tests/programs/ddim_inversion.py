@@ -1,4 +1,4 @@
-"""Walk a picture back into noise, by hand, and paint it anew from halfway under another prompt."""
+"""Walk a picture back into noise, by hand, and generate it anew from halfway under another prompt."""
 
 import numpy as np
 import torch
@@ -41,9 +41,9 @@ def main(folder):
     pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    painted = pipe("red heart", num_inference_steps=STEPS, generator=torch.Generator().manual_seed(1)).images[0]
+    generated = pipe("red heart", num_inference_steps=STEPS, generator=torch.Generator().manual_seed(1)).images[0]
 
-    pixels = torch.from_numpy(np.array(painted)).permute(2, 0, 1)[None] / 255.0
+    pixels = torch.from_numpy(np.array(generated)).permute(2, 0, 1)[None] / 255.0
     dist = pipe.vae.encode(pixels * 2 - 1).latent_dist
     latents = pipe.vae.config.scaling_factor * dist.sample(torch.Generator().manual_seed(2))
 

@@ -1,4 +1,4 @@
-"""Between tokens and text encoder there is a table of vectors: mix two words there, and paint the mixture."""
+"""Between tokens and text encoder there is a table of vectors: mix two words there, and generate the mixture."""
 
 import torch
 from diffusers import StableDiffusionPipeline

@@ -107,7 +107,7 @@ def test_dtypes_by_part_and_by_other_names(twin):
         load(twin[1], torch_dtype={"unet": "float16"})
 
 
-def test_a_pipeline_made_of_new_parts_is_saved_and_painted_with(twin, tmp_path, pair):
+def test_a_pipeline_made_of_new_parts_is_saved_and_generated_with(twin, tmp_path, pair):
     """Networks from numbers; what minisd writes, diffusers loads, and the images are equal."""
     levels = {
         "block_out_channels": (32, 64),

@@ -261,7 +261,7 @@ def test_picture_to_picture_into_latents(both):
     check(both("image"), "a cat", scene(), output_type="latent")
 
 
-# ------------------------------------------------ painting into a mask
+# ------------------------------------------------ inpainting
 
 MASK_SETTINGS = {
     "plain": {},
@@ -302,7 +302,7 @@ def test_masks_of_other_kinds(both, nine, channels):
 
 
 @pytest.mark.parametrize("channels", (4, 9))
-def test_a_generator_for_each_painting(both, nine, channels):
+def test_a_generator_for_each_image(both, nine, channels):
     pair = both("inpaint") if channels == 4 else nine
     pictures = [scene(), scene().rotate(90)]
     check(pair, ["a cat", "a dog"], pictures, [hole()] * 2, seeds=(1, 2), strength=0.7, eta=0.5)
@@ -483,6 +483,6 @@ def test_progress(both, capsys):
     _, mine = both("text")
     mine("a cat", num_inference_steps=2)
     assert capsys.readouterr().err == ""
-    mine.set_progress_bar_config(desc="painting")
+    mine.set_progress_bar_config(desc="generating")
     mine("a cat", num_inference_steps=2)
-    assert "painting: 100%" in capsys.readouterr().err
+    assert "generating: 100%" in capsys.readouterr().err

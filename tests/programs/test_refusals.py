@@ -235,7 +235,7 @@ def test_a_callback_that_returns_nothing(pipe):
 
 def test_impossible_pictures(pipe):
     image = dialect.StableDiffusionImg2ImgPipeline.from_pipe(pipe)
-    paint = dialect.StableDiffusionInpaintPipeline.from_pipe(pipe)
+    inpaint = dialect.StableDiffusionInpaintPipeline.from_pipe(pipe)
     for bad, words in (
         (PICTURE.convert("RGBA"), "its mode is 'RGBA'"),
         ("a file.png", "must be a PIL image"),
@@ -252,8 +252,8 @@ def test_impossible_pictures(pipe):
     with pytest.raises(ValueError, match="leaves no step"):
         image("x", PICTURE, 0.01, 50)
     with pytest.raises(ValueError, match="leaves no step"):
-        paint("x", PICTURE, PICTURE, strength=0.0)
+        inpaint("x", PICTURE, PICTURE, strength=0.0)
     with pytest.raises(ValueError, match="image: 2 of them cannot be shared out to 3"):
         image(["x"] * 3, [PICTURE] * 2)
     with pytest.raises(ValueError, match="mask_image: 2 of them cannot be shared out to 1"):
-        paint("x", PICTURE, [PICTURE] * 2)
+        inpaint("x", PICTURE, [PICTURE] * 2)

@@ -38,13 +38,13 @@ def test_the_equation(emoji):
 def test_two_colours_mix(emoji):
     settings = {"steps": 20, "guidance_scale": 4.0, "images_per_prompt": 2}
 
-    def paint(**others):
+    def generate(**others):
         generators = [seeded(seed) for seed in (1, 2)]
         pictures = emoji.text_to_image("red heart", generator=generators, **settings, **others)
         return np.mean([middle(picture)[2] - middle(picture)[0] for picture in pictures])
 
-    mixed = paint(predict_noise=compose(emoji, [("blue heart", 0.5)], 0.5))
-    assert paint() < -100 and mixed > paint() + 50
+    mixed = generate(predict_noise=compose(emoji, [("blue heart", 0.5)], 0.5))
+    assert generate() < -100 and mixed > generate() + 50
 
 
 def test_composition_needs_guidance(emoji):

@@ -77,9 +77,9 @@ def test_diffusers_ddpm(twin, ours, theirs):
 def test_a_red_disc_becomes_blue_and_stays_where_it_was(emoji, disc, seeds):
     generators = [seeded(seed) for seed in seeds]
     settings = {"steps": 20, "guidance_scale": 4.0, "images_per_prompt": 4, "generator": generators}
-    painted = finish(emoji, image_to_image(emoji, "blue circle", disc, strength=0.9, **settings))
-    assert sum(middle(picture)[2] > middle(picture)[0] + 40 for picture in painted) >= 3
-    corners = pixels(*painted)[:, [2, 2, -3, -3], [2, -3, 2, -3]].mean(axis=(1, 2))
+    generated = finish(emoji, image_to_image(emoji, "blue circle", disc, strength=0.9, **settings))
+    assert sum(middle(picture)[2] > middle(picture)[0] + 40 for picture in generated) >= 3
+    corners = pixels(*generated)[:, [2, 2, -3, -3], [2, -3, 2, -3]].mean(axis=(1, 2))
     assert (corners > 200).sum() >= 3
 
 
@@ -87,8 +87,8 @@ def test_more_strength_leaves_less(emoji, disc):
     left = []
     for strength in (0.1, 0.4, 1.0):
         steps = image_to_image(emoji, "sun", disc, strength=strength, steps=10, seed=1, guidance_scale=1.0)
-        (painted,) = finish(emoji, steps)
-        left.append(psnr(painted, disc))
+        (generated,) = finish(emoji, steps)
+        left.append(psnr(generated, disc))
     assert left[0] > left[1] > left[2] and left[0] > 15
 
 
@@ -98,7 +98,7 @@ def test_the_steps_taken_are_the_last(emoji, disc):
     assert [step.timestep for step in steps] == [301, 201, 101, 1]
 
 
-def test_a_batch_paints_what_its_members_paint_alone(emoji, disc, side):
+def test_a_batch_generates_what_its_members_generate_alone(emoji, disc, side):
     other = draw_disc(side, "blue", "yellow")
     settings = {"steps": 4, "guidance_scale": 4.0}
     generators = [seeded(seed) for seed in range(4)]

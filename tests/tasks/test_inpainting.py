@@ -82,7 +82,7 @@ def test_diffusers_masks(inpainters):
 
 @pytest.fixture(scope="module")
 def hole(side):
-    """White where to paint: all but a rim of one latent."""
+    """White where to generate: all but a rim of one latent."""
     mask = Image.new("L", (side, side), 0)
     mask.paste(255, (8, 8, side - 8, side - 8))
     return mask
@@ -94,15 +94,15 @@ def rim(picture) -> np.ndarray:
     return np.concatenate([found[:4].reshape(-1, 3), found[-4:].reshape(-1, 3)])
 
 
-def test_the_hole_is_painted_and_the_rest_survives(emoji, disc, hole, side):
+def test_the_hole_is_generated_and_the_rest_survives(emoji, disc, hole, side):
     small = Image.new("RGB", disc.size, "white")
     small.paste(disc.resize((side * 5 // 8, side * 5 // 8)), (side * 3 // 16, side * 3 // 16))
     settings = {"steps": 20, "guidance_scale": 4.0, "images_per_prompt": 4}
     generators = [seeded(seed) for seed in (1, 2, 3, 4)]
-    painted = finish(emoji, inpaint(emoji, "sun", small, hole, generator=generators, keep_outside=False, **settings))
+    generated = finish(emoji, inpaint(emoji, "sun", small, hole, generator=generators, keep_outside=False, **settings))
     assert middle(small)[1] < 60
-    assert sum(middle(picture)[[0, 1]].min() > 100 for picture in painted) >= 3, [middle(p) for p in painted]
-    lost = [abs(rim(picture) - rim(small)).mean() for picture in painted]  # by the VAE, which sees all at once
+    assert sum(middle(picture)[[0, 1]].min() > 100 for picture in generated) >= 3, [middle(p) for p in generated]
+    lost = [abs(rim(picture) - rim(small)).mean() for picture in generated]  # by the VAE, which sees all at once
     assert max(lost) < 8, lost
 
 
@@ -124,15 +124,15 @@ def test_an_empty_mask_changes_nothing(emoji, disc):
     from minisd.tasks import encode_pictures, to_images
 
     nothing = Image.new("L", disc.size, 0)
-    (painted,) = finish(emoji, inpaint(emoji, "sun", disc, nothing, steps=3, seed=1))
-    assert same([painted], [disc])
-    (painted,) = finish(emoji, inpaint(emoji, "sun", disc, nothing, steps=3, seed=1, keep_outside=False))
+    (generated,) = finish(emoji, inpaint(emoji, "sun", disc, nothing, steps=3, seed=1))
+    assert same([generated], [disc])
+    (generated,) = finish(emoji, inpaint(emoji, "sun", disc, nothing, steps=3, seed=1, keep_outside=False))
     latents = encode_pictures(emoji, to_images([disc], disc.height, disc.width), 1, seeded(1))
     with torch.no_grad():
-        assert psnr(painted, to_pictures(emoji.decode(latents))[0]) > 45
+        assert psnr(generated, to_pictures(emoji.decode(latents))[0]) > 45
 
 
-def test_a_batch_paints_what_its_members_paint_alone(emoji, disc, hole, side):
+def test_a_batch_generates_what_its_members_generate_alone(emoji, disc, hole, side):
     other, half = draw_disc(side, "blue", "yellow"), hole.crop((0, 0, side // 2, side)).resize(hole.size)
     settings = {"steps": 3, "guidance_scale": 4.0, "eta": 0.5, "strength": 0.7}
     sources = [("sun", disc, hole), ("red heart", other, half)]
@@ -156,8 +156,8 @@ def test_every_pixel_outside_the_mask_is_the_pictures_own(ours, size):
     steps = inpaint(ours, "a cat", picture, mask, steps=2, seed=1, images_per_prompt=2, height=56, width=72)
     resized = pixels(picture.resize((72, 56), Image.Resampling.LANCZOS))[0]
     open_ = to_mask([mask], [mask], 56, 72)[0, 0].bool().numpy()
-    for painted in finish(ours, steps):
-        change = abs(pixels(painted)[0] - resized).max(-1)
+    for generated in finish(ours, steps):
+        change = abs(pixels(generated)[0] - resized).max(-1)
         assert not change[~open_].any() and (change[open_] > 0).mean() > 0.9
         assert change[:, :30][open_[:, :30]].mean() > 20
 

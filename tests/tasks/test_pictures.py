@@ -71,9 +71,9 @@ def test_what_is_transparent_is_white_in_a_picture(tmp_path, mode):
     assert torch.equal(to_images([image], 1, 2)[0, :, 0], torch.tensor([[1.0, 1.0], [-1.0, 1.0], [-1.0, 1.0]]))
 
 
-def stroke(mode: str, paint, ground) -> Image.Image:
+def stroke(mode: str, colour, ground) -> Image.Image:
     image = Image.new(mode, (12, 12), ground)
-    image.paste(paint, STROKE)
+    image.paste(colour, STROKE)
     return image
 
 

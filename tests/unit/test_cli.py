@@ -136,7 +136,7 @@ def test_a_drawn_seed_is_printed_and_stored(minisd_):
 
 
 def test_several_images(minisd_):
-    """Each has a seed of its own, seed + n, and is what that seed paints alone. Libraries sum in another order for
+    """Each has a seed of its own, seed + n, and is what that seed generates alone. Libraries sum in another order for
     another batch size, so a pixel between two bytes may fall on either side: one step of 255 is allowed."""
     result = minisd_("generate", "cat", "--seed", "5", "--images", "3", "-o", "x.png")
     assert result.stdout.splitlines() == ["x-1.png", "x-2.png", "x-3.png", "x.png"]
@@ -230,6 +230,36 @@ def test_pictures_of_the_steps(minisd_):
     assert names == ["step-001-t667.png", "step-002-t334.png", "step-003-t001.png"]
     assert {size(Path("steps") / name) for name in names} == {size(result.written)}
     assert minisd_("generate", "cat", "-s", "1", "--steps-dir", "steps").status == 0  # a folder that is there will do
+
+
+def test_batches(minisd_, monkeypatch):
+    """One at a time, each image is the one that its seed makes alone; and the networks see one image at a time."""
+    seen = []
+    predict_noise = StableDiffusion.predict_noise
+    monkeypatch.setattr(
+        StableDiffusion, "predict_noise", lambda sd, x, *rest: seen.append(len(x)) or predict_noise(sd, x, *rest)
+    )
+    minisd_("generate", "cat", "-s", "4", "--images", "3", "--batch", "1", "-o", "x.png", "--steps-dir", "steps")
+    assert set(seen) == {1} and len(list(Path("steps").iterdir())) == 3 * 2
+    minisd_("generate", "cat", "-s", "5", "-o", "alone.png")
+    assert np.array_equal(pixels(Path("x-2.png")), pixels(Path("alone.png")))
+    seen.clear()
+    minisd_("generate", "cat", "-s", "4", "--images", "3", "--batch", "2", "-o", "x.png")
+    assert seen == [2, 2, 1, 1]
+
+
+def test_words_that_the_model_never_saw(minisd_, models):
+    (models / "tiny" / "words.txt").write_text("a red heart\non the left\ncat\n")
+    try:
+        assert minisd_("generate", "A (red:1.2) heart, on the left!", "-s", "1").stderr == ""
+        said = minisd_("generate", "two cats ❤ on a moon", "-n", "fog", "-s", "1").stderr
+        assert said.startswith("note: the small model has never seen 'two', 'cats' (near: cat), '❤', 'moon', 'fog';")
+        assert said.count("\n") == 1
+        assert minisd_("words", str(models / "tiny")).stdout == "a red heart\non the left\ncat\n"
+    finally:
+        (models / "tiny" / "words.txt").unlink()
+    assert "has no words.txt" in minisd_("words", str(models / "tiny")).stderr
+    assert minisd_("generate", "two cats", "-s", "1").stderr == ""
 
 
 def test_json(minisd_):
@@ -438,8 +468,8 @@ def test_bad_input(minisd_, models, tmp_path, what):
 
 
 def test_unknown_command(minisd_):
-    result = minisd_("paint", "cat")
-    assert result.status == 2 and re.fullmatch(r"error: No such command 'paint'.*\n", result.stderr)
+    result = minisd_("sketch", "cat")
+    assert result.status == 2 and re.fullmatch(r"error: No such command 'sketch'.*\n", result.stderr)
 
 
 def test_bad_input_in_a_process_of_its_own(models, tmp_path):
@@ -475,7 +505,7 @@ def test_a_folder_without_permission(minisd_):
 
 
 @pytest.mark.parametrize("where", ("denoise", "decode"))
-def test_interrupted_while_painting(minisd_, monkeypatch, where):
+def test_interrupted_while_generating(minisd_, monkeypatch, where):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
@@ -523,7 +553,7 @@ def test_too_little_memory(minisd_, monkeypatch, words):
         raise RuntimeError(words)
 
     monkeypatch.setattr(StableDiffusion, "predict_noise", overflow)
-    result = minisd_("generate", "cat")
+    result = minisd_("sketch", "cat")
     assert result.status == 2 and re.fullmatch("error: not enough memory: .*--size.*\n", result.stderr)
     assert os.listdir() == []
 

@@ -1,4 +1,4 @@
-"""The small model that ships with minisd: complete, small, and it paints what it is asked for, without a network."""
+"""The small model that ships with minisd: complete, small, and it generates what it is asked for, without a network."""
 
 import hashlib
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from emoji_data import EMOJI, GROUNDS
+from emoji_data import EMOJI, GROUNDS, vocabulary
 from recognition import Gallery, centre, nearest_ground
 
 import minisd
@@ -30,6 +30,10 @@ def test_it_is_small_and_complete(model):
     assert {"steps", "guidance_scale"} <= model.generation.keys()
 
 
+def test_it_says_which_words_it_was_trained_on():
+    assert (FOLDER / "words.txt").read_text().splitlines() == list(vocabulary())
+
+
 def test_the_card_tells_the_sum_of_every_weight_file():
     sums = re.findall(r"^([0-9a-f]{64})  (\S+)$", (FOLDER / "README.md").read_text(), re.MULTILINE)
     assert len(sums) == 3
@@ -48,7 +52,7 @@ main()
 """
 
 
-def test_it_paints_without_a_network(tmp_path):
+def test_it_generates_without_a_network(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", NO_NETWORK, str(tmp_path / "heart.png")], capture_output=True, text=True, check=False
     )
@@ -59,7 +63,7 @@ def test_it_paints_without_a_network(tmp_path):
 THINGS = "❤ 🔵 🟩 ☀ 🍅 🍌 🍕 🏠 🎈 🚗 🐼 ⭐".split()
 
 
-def paint(model, prompts: list[str]) -> list:
+def generate(model, prompts: list[str]) -> list:
     """A picture of each prompt, from seeds that no training saw."""
     generators = [torch.Generator().manual_seed(2_000_000 + number) for number in range(len(prompts))]
     return model.text_to_image(prompts, generator=generators, **model.generation)
@@ -68,7 +72,7 @@ def paint(model, prompts: list[str]) -> list:
 def test_things_are_recognised(model):
     """A small sample of what `scripts/evaluate_emoji.py` measures: plain names, found again among all 223 emoji."""
     gallery = Gallery.read(DATA / "emoji.png")
-    rankings = [gallery.ranking(picture) for picture in paint(model, [EMOJI[thing][0] for thing in THINGS])]
+    rankings = [gallery.ranking(picture) for picture in generate(model, [EMOJI[thing][0] for thing in THINGS])]
     places = {EMOJI[thing][0]: ranking.index(thing) for thing, ranking in zip(THINGS, rankings, strict=True)}
     assert sum(place == 0 for place in places.values()) >= 8, places
     assert sum(place < 5 for place in places.values()) >= 10, places
@@ -77,7 +81,7 @@ def test_things_are_recognised(model):
 def test_grounds_are_as_asked(model):
     """White unless the prompt says otherwise, and then as it says."""
     prompts = ["red heart", *(f"a red heart on a {ground} background" for ground in list(GROUNDS)[1:])]
-    found = [nearest_ground(picture) for picture in paint(model, prompts)]
+    found = [nearest_ground(picture) for picture in generate(model, prompts)]
     assert sum(one == other for one, other in zip(found, GROUNDS, strict=True)) >= 8, found
 
 

@@ -181,7 +181,7 @@ LATENTS, BYTES = 2e-5, 1
 
 
 @pytest.mark.parametrize("settings", ({}, {"eta": 1.0}, {"scheduler": "ddpm"}), ids=stable_id)
-def test_a_batch_paints_what_its_members_paint_alone(sd, settings):
+def test_a_batch_generates_what_its_members_generate_alone(sd, settings):
     seeds = [3, 4, 5]
     settings = {"steps": 3, **settings}
     *_, last = sd.denoise("cat", images_per_prompt=3, generator=[seeded(seed) for seed in seeds], **settings)
@@ -213,7 +213,7 @@ def test_the_order_of_a_batch(sd):
 @torch.no_grad()
 def test_the_order_of_the_context(sd):
     """The negative half first, then the prompts; each text stands where its pictures do. (Texts hardly change what
-    this toy paints, so that pictures would not tell.)"""
+    this toy generates, so that pictures would not tell.)"""
     prompts, negatives = ["cat", "red"], ["", "re"]
     context = sd.encode_prompt(prompts, negatives, images_per_prompt=2)
     texts = [*negatives, *prompts]
@@ -314,7 +314,7 @@ def test_recommended_settings_are_kept(sd, tmp_path, layout):
 
 
 @pytest.mark.parametrize("layout", ("diffusers", "compvis"))
-def test_a_saved_model_paints_the_same(sd, tmp_path, layout):
+def test_a_saved_model_generates_the_same(sd, tmp_path, layout):
     sd.save(tmp_path / "model", layout=layout)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

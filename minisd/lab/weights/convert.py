@@ -69,6 +69,7 @@ class Conversion:
     lean: bool = False
     shard_size: int | None = None
     take: Mapping[str, str | os.PathLike[str]] = field(default_factory=dict)
+    tokenizer: str | os.PathLike[str] | None = None
     prediction: str | None = None
 
 
@@ -83,6 +84,7 @@ def convert(
     lean: bool = False,
     shard_size: int | None = None,
     from_pickle: bool = False,
+    tokenizer: str | os.PathLike[str] | None = None,
     prediction: str | None = None,
     advance: Advance = lambda _: None,
 ) -> Path:
@@ -92,8 +94,9 @@ def convert(
     "unet", "vae" or "text_encoder". `dtype`: cast every weight; None keeps each one's own. `weights`: "auto", "ema" or
     "raw", where there are two sets. `lean` leaves out what is not the model. `shard_size`: at most so many bytes a file
     (diffusers' layout). `from_pickle`: the source is a `.ckpt`, `.pt` or `.bin` (see `pickles.py`); nothing in it is
-    executed. `prediction`: "epsilon", "v_prediction" or "sample", where the source does not say what its UNet predicts,
-    or says it wrongly. `advance` is told of every piece written.
+    executed. `tokenizer`: a folder with the model's, where the source lacks it. `prediction`: "epsilon",
+    "v_prediction" or "sample", where the source does not say what its UNet predicts, or says it wrongly. `advance` is
+    told of every piece written.
 
     Raises CheckpointError for a source that cannot be used, ValueError for settings that are impossible,
     FileExistsError where something else than a model is in the way.
@@ -102,7 +105,7 @@ def convert(
         job = plan(
             Conversion(
                 source=readable, target=target, layout=layout, component=component, dtype=dtype, weights=weights,
-                lean=lean, shard_size=shard_size, prediction=prediction,
+                lean=lean, shard_size=shard_size, tokenizer=tokenizer, prediction=prediction,
             )
         )  # fmt: skip
         into_place(job.target, lambda place: run(job, place, advance))
@@ -159,7 +162,12 @@ def plan_model(wanted: Conversion, target: Path, layout: str) -> Job:
     """A whole model, with what stands beside it."""
     vae = wanted.take.get("vae")
     checkpoint = open_checkpoint(
-        wanted.source, dtype=None, weights=wanted.weights, vae=vae, prediction=wanted.prediction
+        wanted.source,
+        dtype=None,
+        weights=wanted.weights,
+        vae=vae,
+        tokenizer=wanted.tokenizer,
+        prediction=wanted.prediction,
     )
     for name in wanted.take.keys() - {"vae"}:
         checkpoint.components[name] = open_alone(wanted.take[name], name, weights=wanted.weights)
@@ -257,7 +265,7 @@ def run(job: Job, place: Path, advance: Advance) -> None:
         if job.checkpoint is None:
             write_json(folder / "config.json", configs.WRITERS[component](job.components[component].config))
     if job.checkpoint is not None:
-        words = read_tokenizer(job.checkpoint, None)
+        words = read_tokenizer(job.checkpoint)
         write_settings(place, job.checkpoint.config, words, job.checkpoint.generation)
         if job.leftovers or job.metadata:
             write_file(place / leftovers.FILE, job.leftovers, job.metadata, advance)

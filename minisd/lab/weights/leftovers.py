@@ -57,7 +57,7 @@ def with_settings(
     `entries`: the model's tensors in that file; `others`: the names of those beside it; `title`: what to call a model
     that has no title yet.
     """
-    fresh = settings_as_metadata(checkpoint.config, read_tokenizer(checkpoint, None), checkpoint.generation)
+    fresh = settings_as_metadata(checkpoint.config, read_tokenizer(checkpoint), checkpoint.generation)
     standard = modelspec_of(checkpoint.config, title)
     stored = {name: metadata[name] for name in SETTINGS if name in metadata}
     if {name: as_json(text) for name, text in stored.items()} == {name: as_json(text) for name, text in fresh.items()}:

@@ -3,12 +3,13 @@
 Only click is imported here; what needs torch is imported when a command runs.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from minisd.cli.options import GENERATION, INVERSION, REPORT, Painting, options, text_and_number
+from minisd.cli.options import GENERATION, INVERSION, REPORT, PictureCommand, options, text_and_number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from minisd.cli.job import Job
 
 
-@click.command(cls=Painting)
+@click.command(cls=PictureCommand)
 @click.argument("prompt")
 @options(*GENERATION, "check")
 def generate(prompt: str, check: bool, **options: Any) -> None:
@@ -26,7 +27,7 @@ def generate(prompt: str, check: bool, **options: Any) -> None:
     job = Job.prepare(prompt, options)
     if check:
         return run_checked(job)
-    return job.write(job.run(job.sd.denoise(prompt, job.sampling)))
+    return job.write(job.run(partial(job.sd.denoise, prompt)))
 
 
 def run_checked(job: "Job") -> None:
@@ -34,13 +35,13 @@ def run_checked(job: "Job") -> None:
     from minisd.lab.finite import nan_tracer
 
     with nan_tracer(job.sd) as trace:
-        pictures = job.run(job.sd.denoise(job.prompt, job.sampling))
+        pictures = job.run(partial(job.sd.denoise, job.prompt))
     if not job.options["as_json"]:
         click.echo("\n".join(trace.lines()), err=True)
     job.write(pictures, check=trace.as_dict())
 
 
-@click.command(cls=Painting)
+@click.command(cls=PictureCommand)
 @click.argument("prompt")
 @click.argument("image", metavar="PICTURE")
 @options("output", "strength", *GENERATION[1:])
@@ -53,10 +54,10 @@ def img2img(prompt: str, image: str, strength: float | None, **options: Any) -> 
     strength, picture = 0.8 if strength is None else strength, read_picture(image)
     job = Job.prepare(prompt, options, picture, strength=strength)
     taken = job.steps - first_step(job.steps, strength)
-    job.write(job.run(image_to_image(job.sd, prompt, picture, strength=strength, **job.settings), taken))
+    job.write(job.run(partial(image_to_image, job.sd, prompt, picture, strength=strength), taken))
 
 
-@click.command(cls=Painting)
+@click.command(cls=PictureCommand)
 @click.argument("prompt")
 @click.argument("image", metavar="PICTURE")
 @click.argument("mask")
@@ -74,11 +75,11 @@ def inpaint(prompt: str, image: str, mask: str, strength: float | None, keep_out
     strength, picture, hole = 1.0 if strength is None else strength, read_picture(image), read_mask(mask)
     job = Job.prepare(prompt, options, picture, strength=strength)
     taken = job.steps - first_step(job.steps, strength)
-    steps = inpaint(job.sd, prompt, picture, hole, strength=strength, keep_outside=keep_outside, **job.settings)
-    job.write(job.run(steps, taken))
+    denoise = partial(inpaint, job.sd, prompt, picture, hole, strength=strength, keep_outside=keep_outside)
+    job.write(job.run(denoise, taken))
 
 
-@click.command(cls=Painting)
+@click.command(cls=PictureCommand)
 @click.argument("prompt")
 @click.argument("image", metavar="PICTURE")
 @options(*INVERSION, "plain")
@@ -111,7 +112,7 @@ def invert(prompt: str, image: str, plain: bool, **options: Any) -> None:
     job.write(trip.pictures, **found, noise=str(noise))
 
 
-@click.command(cls=Painting)
+@click.command(cls=PictureCommand)
 @click.argument("prompt")
 @click.argument("new_prompt")
 @click.argument("image", metavar="PICTURE")
@@ -124,8 +125,8 @@ def edit(prompt: str, new_prompt: str, image: str, start: int | None, plain: boo
     job, _, latents = prepare_inversion(prompt, image, options, new_prompt=new_prompt, way=way)
     # After a fifth of the steps colours are still open and shapes no longer.
     start = job.extra["start"] = job.steps // 5 if start is None else start
-    steps = edit(job.sd, prompt, new_prompt, latents, start=start, exact=not plain, **job.settings)
-    job.write(job.run(steps, job.steps - start))
+    denoise = partial(edit, job.sd, prompt, new_prompt, latents, start=start, exact=not plain)
+    job.write(job.run(denoise, job.steps - start))
 
 
 def prepare_inversion(
@@ -142,7 +143,7 @@ def prepare_inversion(
     return job, images, mean_latents(job.sd, images)
 
 
-@click.command(cls=Painting)
+@click.command(cls=PictureCommand)
 @options("picture-output", "model", "steps", "scheduler", "set", REPORT[0])
 def schedule(
     output: str | None, model: str, steps: int | None, scheduler: str, changes: tuple[str, ...], as_json: bool
@@ -167,7 +168,7 @@ def schedule(
     report([path] if path else [], {**told, "alphas_cumprod": made.alphas_cumprod.tolist()}, as_json)
 
 
-@click.command(cls=Painting)
+@click.command(cls=PictureCommand)
 @click.argument("prompt")
 @click.argument("to_prompt", required=False)
 @options("gif", "frames", "to-seed", "pictures", "seed", *INVERSION[1:])
@@ -201,7 +202,7 @@ def interpolate(
     prompts = (prompt, prompt if to_prompt is None else to_prompt)
     job.extra |= {"to_prompt": to_prompt} if to_prompt is not None else {}
     noises = inverted(job, prompts, ends) if ends else drawn(job, to_seed)
-    frames_ = job.run(interpolate(job.sd, prompts, noises, frames=frames, **job.settings))
+    frames_ = job.run(partial(interpolate, job.sd, prompts, noises, frames=frames))
     write_picture(gif, frames_[0], format="GIF", save_all=True, append_images=frames_[1:], duration=120, loop=0)
     job.write(frames_, together=make_strip, last=gif, gif=str(gif))
 
@@ -231,7 +232,7 @@ def drawn(job: "Job", to_seed: int | None) -> tuple["Tensor", "Tensor"]:
     return one, other
 
 
-@click.command(cls=Painting)
+@click.command(cls=PictureCommand)
 @click.argument("prompt")
 @options("output", "and", "weight", "weighted", "colour", "colour-scale", *GENERATION[1:])
 def guide(
@@ -255,7 +256,7 @@ def guide(
     extra |= {"and": "; ".join(others), "prompt_weight": weight} if others else {}
     extra |= {"colour": colour, "colour_scale": colour_scale} if colour is not None else {}
     job = Job.prepare(prompt, options, **extra)
-    sd, settings, long_prompts = job.sd, job.settings, job.sampling.long_prompts
+    sd, long_prompts = job.sd, job.sampling.long_prompts
 
     def read(text: str) -> Any:
         return weighted_context(sd, text, job.sampling.clip_skip, long_prompts) if weighted else text
@@ -266,8 +267,8 @@ def guide(
     if loss is not None:
         scheduler = job.sampling.scheduler
         predict_noise = LossGuidance(sd, loss, scale=colour_scale, scheduler=scheduler, predict_noise=predict_noise)
-    settings |= {"negative_prompt": read(options["negative_prompt"]), "predict_noise": predict_noise}
-    job.write(job.run(sd.denoise(read(prompt), **settings)))
+    given = {"negative_prompt": read(options["negative_prompt"]), "predict_noise": predict_noise}
+    job.write(job.run(lambda **settings: sd.denoise(read(prompt), **{**settings, **given})))
 
 
 COMMANDS = (generate, img2img, inpaint, invert, edit, schedule, interpolate, guide)
