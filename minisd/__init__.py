@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from minisd.config import SD15 as SD15
     from minisd.files import CheckpointError as CheckpointError
     from minisd.pipeline import StableDiffusion as StableDiffusion
+    from minisd.pixel.pipeline import PixelDiffusion as PixelDiffusion
     from minisd.schedulers import DDIMInverseScheduler as DDIMInverseScheduler
     from minisd.schedulers import DDIMScheduler as DDIMScheduler
     from minisd.schedulers import DDPMScheduler as DDPMScheduler
@@ -36,6 +37,7 @@ _HOME = {
     "CheckpointError": "minisd.files",
     "NonFiniteWarning": "minisd.warn",
     "SD15": "minisd.config",
+    "PixelDiffusion": "minisd.pixel.pipeline",
     "StableDiffusion": "minisd.pipeline",
     **dict.fromkeys(
         (

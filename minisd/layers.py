@@ -45,6 +45,29 @@ class Attention(nn.Module):
         return self.out(rearrange(x, "b h n d -> b n (h d)"))  # (B, N, C)
 
 
+class PixelAttention(nn.Module):
+    """Self-attention over all positions of a feature map: in the VAE with one head, at the lowest resolution.
+
+    `groups=None`: no norm before it. The sum with the residual is divided by `scale`.
+    """
+
+    def __init__(self, width: int, *, heads: int, groups: int | None, eps: float, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+        self.norm = None if groups is None else nn.GroupNorm(groups, width, eps=eps)
+        self.attn = Attention(width, width, heads=heads, qkv_bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        # Flattening before the norm, and back by `reshape`, gives the strides that diffusers has. Values are the same
+        # either way, but torch chooses its kernels, and with them the rounding, by the strides.
+        sequence = x.flatten(2)  # (B, C, HW)
+        sequence = (sequence if self.norm is None else self.norm(sequence)).transpose(1, 2)  # (B, HW, C)
+        out = self.attn(sequence, sequence, causal=False)
+        out = out.transpose(1, 2).reshape(x.shape) + x  # (B, C, H, W)
+        return out if self.scale == 1 else out / self.scale
+
+
 class ResnetBlock(nn.Module):
     """Two convolutions and a residual connection (He et al. 2015), with timestep conditioning between them (Ho et al.
     2020): pre-activation, GroupNorm -> activation -> convolution, twice.
@@ -101,4 +124,9 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """(B, C, H, W) -> (B, C, *size)."""
-        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+        return self.conv(F.interpolate(laid_out(x), size=size, mode="nearest"))
+
+
+def laid_out(x: Tensor) -> Tensor:
+    """`x` as diffusers upsamples it: plain in memory from a batch of 64 on, which decides how convolutions round."""
+    return x.contiguous() if len(x) >= 64 else x

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from minisd.config import VAEConfig
-from minisd.layers import ACTIVATIONS, Attention, Downsample, ResnetBlock, Upsample
+from minisd.layers import ACTIVATIONS, Downsample, PixelAttention, ResnetBlock, Upsample
 from minisd.noise import Generators, draw_noise
 
 
@@ -37,24 +37,6 @@ class Gaussian:
         return 0.5 * torch.sum(self.mean**2 + self.logvar.exp() - 1.0 - self.logvar, dim=(1, 2, 3))
 
 
-class PixelAttention(nn.Module):
-    """Self-attention with one head over all positions, at the lowest resolution."""
-
-    def __init__(self, config: VAEConfig) -> None:
-        super().__init__()
-        width = config.widths[-1]
-        self.norm = nn.GroupNorm(config.norm_groups, width, eps=config.norm_eps)
-        self.attn = Attention(width, width, heads=1, qkv_bias=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
-        # Flattening before the norm, and back by `reshape`, gives the strides that diffusers has. Values are the same
-        # either way, but torch chooses its kernels, and with them the rounding, by the strides.
-        sequence = self.norm(x.flatten(2)).transpose(1, 2)  # (B, HW, C)
-        out = self.attn(sequence, sequence, causal=False)
-        return out.transpose(1, 2).reshape(x.shape) + x  # (B, C, H, W)
-
-
 def resnet(in_width: int, out_width: int, config: VAEConfig) -> ResnetBlock:
     return ResnetBlock(
         in_width,
@@ -68,7 +50,8 @@ def resnet(in_width: int, out_width: int, config: VAEConfig) -> ResnetBlock:
 
 def middle(config: VAEConfig) -> nn.ModuleList:
     width = config.widths[-1]
-    return nn.ModuleList([resnet(width, width, config), PixelAttention(config), resnet(width, width, config)])
+    attention = PixelAttention(width, heads=1, groups=config.norm_groups, eps=config.norm_eps, scale=1.0)
+    return nn.ModuleList([resnet(width, width, config), attention, resnet(width, width, config)])
 
 
 class Encoder(nn.Module):

@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,27 +78,27 @@ class Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure minisd beside diffusers.")
     parser.add_argument("--model", type=Path, help="a folder in diffusers' layout (default: SD 1.5, random weights)")
-    parser.add_argument("--only", choices=["load", "unet", "vae", "workbench"], help="one part of the benchmark")
+    parser.add_argument("--only", choices=[*MEASURES], help="one part of the benchmark")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each side (default: 5)")
     options = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.rounds} rounds")
     print("| what | minisd | the other | ratio of medians | pair by pair |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
-        folder = options.model or random_sd15(Path(scratch) / "sd15")
-        measures = {"load": measure_loading, "unet": measure_unet, "vae": measure_vae, "workbench": measure_workbench}
-        for part, measure in measures.items():
+        folder = options.model or Path(scratch) / "sd15"
+        if options.model is None and options.only != "schedulers":
+            random_sd15(folder)
+        for part, measure in MEASURES.items():
             if options.only in (None, part):
                 for row in measure(folder, options.rounds):
                     print(row, flush=True)
                 gc.collect()
 
 
-def random_sd15(folder: Path) -> Path:
+def random_sd15(folder: Path) -> None:
     """SD 1.5 with random weights, in diffusers' layout."""
     config = minisd.SD15
     modules = TextEncoder(config.text_encoder), UNet(config.unet), VAE(config.vae)
     minisd.StableDiffusion(*modules, CLIPTokenizer.clip(), scheduler=config.scheduler).save(folder)
-    return folder
 
 
 def alternate(what: str, ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int) -> Row:
@@ -184,6 +185,34 @@ def measure_workbench(folder: Path, rounds: int) -> Iterator[Row]:
         yield from processes("convert, beside diffusers", convert, [sys.executable, "-c", code], rounds)
 
 
+NO_STEPS = ("Scheduler", "DDIMInverseScheduler")  # the base, and the one that goes the other way
+
+
+def measure_schedulers(folder: Path, rounds: int) -> Iterator[Row]:
+    """A step of each, in milliseconds: runs of 20 on latents (2, 4, 64, 64), with SD 1.5's settings."""
+    import diffusers
+
+    from minisd import schedulers
+
+    x, noise = torch.randn(2, 2, 4, 64, 64)
+    names = (name for name in schedulers.__all__ if name.endswith("Scheduler") and name not in NO_STEPS)
+    for name in names:
+        both = [getattr(side, name).from_config(dict(minisd.SD15.scheduler)) for side in (schedulers, diffusers)]
+        run, other = (partial(run_scheduler, one, x, noise) for one in both)
+        row = alternate(f"a step of {name}", run, other, rounds)
+        counts = len(both[0].timesteps)
+        ours, theirs = ([1000 * one / counts for one in times] for times in (row.ours, row.theirs))
+        yield Row(row.what, ours, theirs, "ms")
+
+
+def run_scheduler(scheduler: Any, x: torch.Tensor, noise: torch.Tensor) -> None:
+    """All steps of a run, with the same noise predicted in each."""
+    scheduler.set_timesteps(20)
+    for t in scheduler.timesteps:
+        scheduler.scale_model_input(x, t)
+        x = scheduler.step(noise, t, x).prev_sample
+
+
 def processes(what: str, ours: list[str], theirs: list[str], rounds: int) -> Iterator[Row]:
     """Two commands in turn, after one warm-up each: how long, and with how much memory at most."""
     seconds: tuple[list[float], list[float]] = ([], [])
@@ -210,6 +239,14 @@ def run_once(command: list[str]) -> tuple[float, float]:
         raise SystemExit(f"error: this failed in a new process: {' '.join(command)}")
     return float(told[1]), int(told[2]) * (1 if sys.platform == "darwin" else 1024)
 
+
+MEASURES: dict[str, Callable[[Path, int], Iterator[Row]]] = {
+    "schedulers": measure_schedulers,
+    "load": measure_loading,
+    "unet": measure_unet,
+    "vae": measure_vae,
+    "workbench": measure_workbench,
+}
 
 if __name__ == "__main__":
     with contextlib.suppress(KeyboardInterrupt):

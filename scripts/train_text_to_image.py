@@ -13,8 +13,9 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,7 @@ from train_vae import load_vae
 from training import (
     Progress,
     Team,
+    follow,
     gather_team,
     learning_rate,
     load_checkpoint,
@@ -44,7 +46,6 @@ from minisd.unet import UNet
 from minisd.vae import VAE
 
 SNR_LIMIT = 5.0  # Hang et al. 2023, arXiv:2303.09556: low-noise steps would otherwise dominate the gradient
-EMA_DECAY = 0.999
 WARMUP = 200  # steps
 SEED = 0
 GENERATION = {"steps": 30, "guidance_scale": 4.0}
@@ -95,25 +96,21 @@ class Denoiser(nn.Module):
 
 
 def weights(scheduler: DDPMScheduler, timesteps: Tensor) -> Tensor:
-    """min(SNR, limit) / SNR for each timestep: the weight of its squared error in the noise."""
+    """min(SNR, limit) / SNR for each timestep: the weight of its squared error in the noise; / (SNR + 1) in v."""
     alpha_bar = scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
     snr = alpha_bar / (1 - alpha_bar)
-    return snr.clamp(max=SNR_LIMIT) / snr
-
-
-@torch.no_grad()
-def follow(average: nn.Module, model: nn.Module, step: int) -> None:
-    """Exponential moving average of the weights; young averages forget faster."""
-    decay = min(EMA_DECAY, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+    return snr.clamp(max=SNR_LIMIT) / (snr + 1 if scheduler.prediction_type == "v_prediction" else snr)
 
 
 def learn(model: nn.Module, batch: Batch, scheduler: DDPMScheduler) -> Tensor:
-    """The loss of a batch: how badly the noise was guessed. Sets the gradients."""
+    """The loss of a batch: how badly the noise (or v) was guessed. Sets the gradients."""
+    target = batch.noise
+    if scheduler.prediction_type == "v_prediction":
+        target = scheduler.get_velocity(batch.latents, batch.noise, batch.timesteps)
     noisy = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
     with mixed_precision(noisy.device):
         predicted = model(noisy, batch.timesteps, batch.ids)
-    error = F.mse_loss(predicted.float(), batch.noise, reduction="none").mean(dim=(1, 2, 3))
+    error = F.mse_loss(predicted.float(), target, reduction="none").mean(dim=(1, 2, 3))
     loss = (weights(scheduler, batch.timesteps) * error).mean()
     loss.backward()
     return loss
@@ -126,6 +123,7 @@ def train(
     tokenizer: CLIPTokenizer,
     denoiser: Denoiser,
     *,
+    schedule: Mapping[str, Any] = SD15.scheduler,
     steps: int,
     batch: int,
     peak: float,
@@ -141,7 +139,7 @@ def train(
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     parts = {"model": denoiser, "average": average, "optimizer": optimizer}
     first = load_checkpoint(folder / "train.pt", parts)
-    model, scheduler = team.join(denoiser), DDPMScheduler.from_config(SD15.scheduler)
+    model, scheduler = team.join(denoiser), DDPMScheduler.from_config(schedule)
     progress = Progress(folder, team, range(first, max(first, steps)), batch)
     for step in progress:
         for group in optimizer.param_groups:
@@ -161,11 +159,25 @@ def train(
 # ---- looking at it ---------------------------------------------------------------------------------------
 
 
-def assemble(denoiser: Denoiser, vae: VAE, tokenizer: CLIPTokenizer) -> StableDiffusion:
+def assemble(
+    denoiser: Denoiser, vae: VAE, tokenizer: CLIPTokenizer, schedule: Mapping[str, Any] = SD15.scheduler
+) -> StableDiffusion:
     """The whole model, with the settings that suit it."""
     return StableDiffusion(
-        denoiser.text_encoder, denoiser.unet, vae, tokenizer, scheduler=SD15.scheduler, generation=GENERATION
+        denoiser.text_encoder, denoiser.unet, vae, tokenizer, scheduler=schedule, generation=GENERATION
     )
+
+
+def chosen_schedule(prediction: str, zero_snr: bool) -> dict[str, Any]:
+    """SD 1.5's noise schedule with what the options change. Raises ValueError for zero SNR with noise prediction.
+
+    Zero terminal SNR needs v, since pure noise says nothing of the picture, and sampling that starts at the last
+    timestep (Lin et al. 2023, arXiv:2305.08891).
+    """
+    if zero_snr and prediction != "v_prediction":
+        raise ValueError("--rescale-betas-zero-snr needs --prediction v_prediction: noise prediction divides by zero")
+    zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if zero_snr else {}
+    return {**SD15.scheduler, "prediction_type": prediction, **zero}
 
 
 def grid(sd: StableDiffusion, columns: int = 8) -> Image.Image:
@@ -198,9 +210,15 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--bank", type=int, default=10_240, metavar="SCENES", help="pictures to encode beforehand")
     parser.add_argument("--plain", action="store_true", help="one thing in the middle: no sizes, places and pairs")
+    parser.add_argument("--prediction", choices=("epsilon", "v_prediction"), default="epsilon", help="what to predict")
+    parser.add_argument("--rescale-betas-zero-snr", action="store_true", help="zero terminal SNR, with v_prediction")
     parser.add_argument("--save-every", type=int, default=300, metavar="STEPS", help="checkpoint and samples")
     parser.add_argument("--font", type=Path, help="NotoColorEmoji.ttf, if it is not in its usual place")
     arguments = parser.parse_args()
+    try:
+        arguments.schedule = chosen_schedule(arguments.prediction, arguments.rescale_betas_zero_snr)
+    except ValueError as error:
+        sys.exit(fail(str(error)))
     for path in (arguments.vae, arguments.tokenizer / "vocab.json"):
         if not path.is_file():
             sys.exit(fail(f"{path}: no such file; run train_vae.py and train_tokenizer.py first"))
@@ -212,10 +230,11 @@ def main() -> None:
     run = arguments.out
     run.mkdir(parents=True, exist_ok=True)
     vae, tokenizer = load_vae(arguments.vae), load_tokenizer(arguments.tokenizer)
-    variety = PLAIN if arguments.plain else FULL
+    variety, schedule = PLAIN if arguments.plain else FULL, arguments.schedule
 
     def show(average: Denoiser, step: int) -> None:
-        grid(assemble(average, vae.to(average.unet.conv_in.weight.device), tokenizer)).save(run / f"step-{step:06}.png")
+        sd = assemble(average, vae.to(average.unet.conv_in.weight.device), tokenizer, schedule)
+        grid(sd).save(run / f"step-{step:06}.png")
 
     with gather_team() as team:
         team.check_batch(arguments.batch)
@@ -226,6 +245,7 @@ def main() -> None:
             bank,
             tokenizer,
             new_denoiser(arguments.start),
+            schedule=schedule,
             steps=arguments.steps,
             batch=arguments.batch,
             peak=arguments.lr,
@@ -233,7 +253,7 @@ def main() -> None:
             show=show,
         )
         if team.leads:
-            assemble(model.cpu(), vae.cpu(), tokenizer).save(run / "model", dtype=torch.float16)
+            assemble(model.cpu(), vae.cpu(), tokenizer, schedule).save(run / "model", dtype=torch.float16)
             (run / "model" / "words.txt").write_text("\n".join(vocabulary()) + "\n", encoding="utf-8")
             print(run / "model")
 

@@ -22,6 +22,8 @@ from tqdm import tqdm
 
 from minisd.backends.attention import plain
 
+EMA_DECAY = 0.999
+
 
 @dataclass(frozen=True)
 class Team:
@@ -128,6 +130,13 @@ def learning_rate(step: int, *, peak: float, warmup: int, total: int) -> float:
         return peak * (step + 1) / warmup
     share = min(1.0, (step - warmup) / max(1, total - warmup))
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+@torch.no_grad()
+def follow(average: nn.Module, model: nn.Module, step: int) -> None:
+    """Exponential moving average of the weights; young averages forget faster."""
+    decay = min(EMA_DECAY, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
 def save_checkpoint(path: Path, parts: Mapping[str, Any], step: int) -> None:

@@ -20,10 +20,13 @@ GENERATION_CONFIG = "generation_config.json"  # the settings that a model's make
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 
 
-def embedded_model() -> Path:
-    """The folder of the small trained model: inside the installed package, or beside it in a checkout."""
+EMBEDDED = ("emoji", "fashion")  # the small trained models that come with minisd
+
+
+def embedded_model(name: str = "emoji") -> Path:
+    """The folder of a small trained model: inside the installed package, or beside it in a checkout."""
     package = Path(__file__).parents[1]
-    places = (package / "weights" / "emoji", package.parent / "weights" / "emoji")
+    places = (package / "weights" / name, package.parent / "weights" / name)
     for place in places:
         if (place / "unet").is_dir():
             return place
@@ -38,8 +41,8 @@ def resolve(
     `half`, `weights` and `component` (all, or just one) decide which files are fetched from a hub.
     """
     name = os.fspath(source)
-    if name == "emoji":
-        return embedded_model()
+    if name in EMBEDDED:
+        return embedded_model(name)
     if name == "sd15":
         name = SD15_REPOSITORY
     path = Path(os.path.expanduser(name))

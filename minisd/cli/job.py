@@ -203,15 +203,21 @@ def check_eta(sampling: Sampling) -> None:
 
 
 def load(options: Mapping[str, Any]) -> StableDiffusion:
-    """Load the model; float32 on a CPU and float16 on an accelerator unless asked otherwise."""
+    """Load the model, as the options say."""
+    device, dtype = choose_device_and_dtype(options)
+    given = {name: options[name] for name in ("weights", "vae", "tokenizer", "prediction", "engine")}
+    return StableDiffusion.load(options["model"], dtype=dtype, device=device, **given)
+
+
+def choose_device_and_dtype(options: Mapping[str, Any]) -> tuple[str, torch.dtype]:
+    """An accelerator where there is one; float32 on a CPU, float16 elsewhere; unless asked otherwise."""
     device, dtype = options["device"], options["dtype"]
     if device == "auto":
         mps = torch.backends.mps.is_available()
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if dtype == "auto":
         dtype = "float32" if device.startswith("cpu") else "float16"
-    given = {name: options[name] for name in ("weights", "vae", "tokenizer", "prediction", "engine")}
-    return StableDiffusion.load(options["model"], dtype=getattr(torch, dtype), device=device, **given)
+    return device, getattr(torch, dtype)
 
 
 def load_adapters(sd: StableDiffusion, loras: tuple[str, ...], embeddings: tuple[str, ...]) -> dict[str, str]:

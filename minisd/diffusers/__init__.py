@@ -12,11 +12,13 @@ errors too.
 from importlib import import_module
 
 from minisd.diffusers.image_processor import VaeImageProcessor
-from minisd.diffusers.models import AutoencoderKL, UNet2DConditionModel
+from minisd.diffusers.models import AutoencoderKL, UNet2DConditionModel, UNet2DModel
 from minisd.diffusers.pipelines import (
     AutoPipelineForImage2Image,
     AutoPipelineForInpainting,
     AutoPipelineForText2Image,
+    DDIMPipeline,
+    DDPMPipeline,
     DiffusionPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
@@ -47,7 +49,9 @@ __all__ = [
     "CLIPTextModel",
     "CLIPTokenizer",
     "DDIMInverseScheduler",
+    "DDIMPipeline",
     "DDIMScheduler",
+    "DDPMPipeline",
     "DDPMScheduler",
     "DPMSolverMultistepScheduler",
     "DiffusionPipeline",
@@ -62,6 +66,7 @@ __all__ = [
     "StableDiffusionInpaintPipeline",
     "StableDiffusionPipeline",
     "UNet2DConditionModel",
+    "UNet2DModel",
     "UniPCMultistepScheduler",
     "VaeImageProcessor",
 ]

@@ -43,13 +43,96 @@ NETWORKS: dict[str, type[UNet2DConditionModel | AutoencoderKL | CLIPTextModel]] 
 NO_EXTRAS: dict[str, tuple[Any, ...]] = {**dict.fromkeys(ABSENT, (None,)), "requires_safety_checker": (True, False)}
 
 
-class Assembly(SavesMemory, StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin):
+class Parts(SavesMemory):
+    """A pipeline of named parts, on one device. Base of all pipelines."""
+
+    _parts: ClassVar[tuple[str, ...]]
+    _absent: ClassVar[tuple[str, ...]] = ()  # parts that diffusers' pipelines may have besides
+    _progress_bar_config: dict[str, Any]
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The parts by name, and None for what diffusers' pipelines may have besides."""
+        return {name: getattr(self, name) for name in (*self._parts, *self._absent)}
+
+    def register_modules(self, **parts: Any) -> None:
+        """Replace parts by name."""
+        for name, part in parts.items():
+            if name not in (*self._parts, *self._absent):
+                raise NotCoveredError(f"register_modules: {name} is not covered, which takes {', '.join(self._parts)}")
+            setattr(self, name, part)
+
+    def save_pretrained(
+        self,
+        save_directory: Source,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        **others: Any,
+    ) -> None:
+        """Write a folder that diffusers loads too, with a folder for each part. `variant`: "fp16", in file names.
+
+        Raises FileExistsError where something else is in the way.
+        """
+        call = f"{type(self).__name__}.save_pretrained"
+        neutral = {"safe_serialization": (True,), "push_to_hub": (False,), "max_shard_size": (None, "10GB")}
+        given = {"safe_serialization": safe_serialization, **others}
+        accept(call, given, neutral, parameters(Parts.save_pretrained))
+        save_pipeline(Path(os.path.expanduser(save_directory)), self, variant)
+
+    @property
+    def config(self) -> Config:
+        """Which classes the parts have, as model_index.json says it."""
+        return Config(pipeline_index(self))
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move the networks to a device, a dtype, or both, as `torch.nn.Module.to`; returns the pipeline."""
+        dtype = kwargs.pop("torch_dtype", None)
+        networks: list[Any] = [part for part in self.components.values() if isinstance(part, torch.nn.Module)]
+        for network in networks:
+            network.to(*args, **kwargs, **({} if dtype is None else {"dtype": dtype}))
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.unet.device
+        return device
+
+    _execution_device = device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.unet.dtype
+        return dtype
+
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: str | torch.device = "cuda") -> None:
+        """Move the networks to the accelerator, where diffusers would run them one by one; here they stay there."""
+        self.to(usable_device(device if gpu_id is None else f"{torch.device(device).type}:{gpu_id}"))
+
+    enable_sequential_cpu_offload = enable_model_cpu_offload
+
+    def maybe_free_model_hooks(self) -> None:
+        """No effect: offloading is moving here."""
+
+    def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> Any:
+        """A tqdm bar, with what `set_progress_bar_config` said."""
+        return tqdm(iterable, total=total, **self._progress_bar_config)
+
+    def set_progress_bar_config(self, **kwargs: Any) -> None:
+        """tqdm's arguments: `disable=True`, `leave=False`, ..."""
+        self._progress_bar_config = kwargs
+
+    def __getattr__(self, name: str) -> Any:
+        raise missing(self, name)
+
+
+class Assembly(Parts, StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin):
     """The parts of Stable Diffusion, together. Base of the three pipelines."""
 
     # diffusers corrects these settings of any scheduler that a pipeline is made with (not of one assigned later).
     _corrections: ClassVar[dict[str, Any]] = {"steps_offset": 1, "clip_sample": False}
 
     _optional_components: ClassVar[tuple[str, ...]] = ABSENT
+    _parts, _absent = PARTS, ABSENT
 
     def __init__(
         self,
@@ -69,14 +152,7 @@ class Assembly(SavesMemory, StableDiffusionLoraLoaderMixin, TextualInversionLoad
         correct(scheduler, self._corrections)
         self.vae_scale_factor = 8 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
-        self._progress_bar_config: dict[str, Any] = {}
-
-    def register_modules(self, **parts: Any) -> None:
-        """Replace parts by name."""
-        for name, part in parts.items():
-            if name not in (*PARTS, *ABSENT):
-                raise NotCoveredError(f"register_modules: {name} is not covered, which takes {', '.join(PARTS)}")
-            setattr(self, name, part)
+        self._progress_bar_config = {}
 
     # ------------------------------------------------ files
 
@@ -145,29 +221,7 @@ class Assembly(SavesMemory, StableDiffusionLoraLoaderMixin, TextualInversionLoad
         """This pipeline with another's parts, which are shared, not copied; `parts` replace some."""
         return cls(**{**pipeline.components, **parts})
 
-    def save_pretrained(
-        self,
-        save_directory: Source,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        **others: Any,
-    ) -> None:
-        """Write a folder that diffusers loads too, with a folder for each part. `variant`: "fp16", in file names.
-
-        Raises FileExistsError where something else is in the way.
-        """
-        call = f"{type(self).__name__}.save_pretrained"
-        neutral = {"safe_serialization": (True,), "push_to_hub": (False,), "max_shard_size": (None, "10GB")}
-        given = {"safe_serialization": safe_serialization, **others}
-        accept(call, given, neutral, parameters(Assembly.save_pretrained))
-        save_pipeline(Path(os.path.expanduser(save_directory)), self, variant)
-
     # ------------------------------------------------ parts
-
-    @property
-    def components(self) -> dict[str, Any]:
-        """The parts by name, and None for what diffusers' pipelines may have besides."""
-        return {name: getattr(self, name) for name in (*PARTS, *ABSENT)}
 
     def _core(self) -> StableDiffusion:
         """minisd's pipeline of these parts: the loop and the tasks run on it, and need no part that is None here."""
@@ -177,37 +231,12 @@ class Assembly(SavesMemory, StableDiffusionLoraLoaderMixin, TextualInversionLoad
         return StableDiffusion(text_encoder, self.unet.core, vae, tokenizer, scheduler=self.scheduler.config)
 
     @property
-    def config(self) -> Config:
-        """Which classes the parts have, as model_index.json says it."""
-        return Config(pipeline_index(self))
-
-    @property
     def safety_checker(self) -> None:
         return None
 
     @safety_checker.setter
     def safety_checker(self, value: Any) -> None:
         accept(type(self).__name__, {"safety_checker": value}, NO_EXTRAS, [])
-
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move the networks to a device, a dtype, or both, as `torch.nn.Module.to`; returns the pipeline."""
-        dtype = kwargs.pop("torch_dtype", None)
-        for name in NETWORKS:
-            if getattr(self, name) is not None:
-                getattr(self, name).to(*args, **kwargs, **({} if dtype is None else {"dtype": dtype}))
-        return self
-
-    @property
-    def device(self) -> torch.device:
-        device: torch.device = self.unet.device
-        return device
-
-    _execution_device = device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.unet.dtype
-        return dtype
 
     def enable_vae_slicing(self) -> None:
         self.vae.enable_slicing()
@@ -220,26 +249,6 @@ class Assembly(SavesMemory, StableDiffusionLoraLoaderMixin, TextualInversionLoad
 
     def disable_vae_tiling(self) -> None:
         self.vae.disable_tiling()
-
-    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: str | torch.device = "cuda") -> None:
-        """Move the networks to the accelerator, where diffusers would run them one by one; here they stay there."""
-        self.to(usable_device(device if gpu_id is None else f"{torch.device(device).type}:{gpu_id}"))
-
-    enable_sequential_cpu_offload = enable_model_cpu_offload
-
-    def maybe_free_model_hooks(self) -> None:
-        """No effect: offloading is moving here."""
-
-    def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> Any:
-        """A tqdm bar, with what `set_progress_bar_config` said."""
-        return tqdm(iterable, total=total, **self._progress_bar_config)
-
-    def set_progress_bar_config(self, **kwargs: Any) -> None:
-        """tqdm's arguments: `disable=True`, `leave=False`, ..."""
-        self._progress_bar_config = kwargs
-
-    def __getattr__(self, name: str) -> Any:
-        raise missing(self, name)
 
 
 class NoVAE:

@@ -2,13 +2,14 @@
 
 import os
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from minisd.checkpoint.header import Files
-from minisd.checkpoint.hub import SD15_REPOSITORY, STEMS, resolve, why_not_fetched
+from minisd.checkpoint.hub import EMBEDDED, SD15_REPOSITORY, STEMS, resolve, why_not_fetched
 from minisd.checkpoint.load import open_alone
 from minisd.checkpoint.survey import Part
 from minisd.diffusers.refusing import NotCoveredError, shortened
@@ -64,15 +65,25 @@ def check_is_variant(files: Files, variant: str | None) -> None:
         raise CheckpointError(f"{files.path.parent}: has no {variant} variant")
 
 
-def open_part(source: Source, component: str, subfolder: str | None, variant: str | None) -> Part:
-    """One network's folder, understood but not yet read. Raises CheckpointError or FileNotFoundError."""
+def folder_of_network(source: Source, component: str, subfolder: str | None, variant: str | None) -> Path:
+    """The folder of one network, fetched if it is on the hub. Raises CheckpointError or FileNotFoundError."""
     weights, half = "raw" if variant == "non_ema" else "auto", variant == "fp16"
     folder = resolve(source, half=half, weights=weights, component=component) / (subfolder or "")
     read_json_object(folder / "config.json")  # diffusers wants one
-    notes: list[str] = []
-    part = open_alone(folder, component, half=half, weights=weights, notes=notes)
-    for note in notes:
-        warnings.warn(note, stacklevel=4)
+    return folder
+
+
+def open_part(source: Source, component: str, subfolder: str | None, variant: str | None) -> Part:
+    """One network's folder, understood but not yet read. Raises CheckpointError or FileNotFoundError."""
+    folder, notes = folder_of_network(source, component, subfolder, variant), list[str]()
+    weights, half = "raw" if variant == "non_ema" else "auto", variant == "fp16"
+    return note_part(open_alone(folder, component, half=half, weights=weights, notes=notes), variant, notes)
+
+
+def note_part(part: Part, variant: str | None, notes: Iterable[str] | None = None) -> Part:
+    """The part, with a warning for each of its notes, if it is of the variant asked for."""
+    for note in part.notes if notes is None else notes:
+        warnings.warn(note, stacklevel=5)
     check_is_variant(part.files, variant)
     return part
 
@@ -80,7 +91,7 @@ def open_part(source: Source, component: str, subfolder: str | None, variant: st
 def folder_of_texts(source: Source, subfolder: str | None) -> Path:
     """The folder of a scheduler or a tokenizer, fetched without the weights beside it if it is on the hub."""
     name = SD15_REPOSITORY if source == "sd15" else os.fspath(source)
-    if name == "emoji" or os.path.lexists(os.path.expanduser(name)) or name.count("/") != 1:
+    if name in EMBEDDED or os.path.lexists(os.path.expanduser(name)) or name.count("/") != 1:
         return resolve(name) / (subfolder or "")
     from huggingface_hub import snapshot_download
 

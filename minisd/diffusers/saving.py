@@ -30,7 +30,8 @@ def save_network(folder: Path, network: Any, state: Mapping[str, Tensor], varian
 def pipeline_index(pipeline: Any) -> dict[str, Any]:
     """model_index.json: the library and class of each part."""
     kinds: dict[str, Any] = {name: kind_of(part) for name, part in pipeline.components.items()}
-    return {"_class_name": type(pipeline).__name__, "_diffusers_version": "0.35.0", **kinds, **NO_CHECKER}
+    checker = NO_CHECKER if "safety_checker" in kinds else {}
+    return {"_class_name": type(pipeline).__name__, "_diffusers_version": "0.35.0", **kinds, **checker}
 
 
 def kind_of(part: Any) -> list[str | None]:
@@ -53,7 +54,8 @@ def write_pipeline(folder: Path, pipeline: Any, variant: str | None) -> None:
             write_json(folder / name / "scheduler_config.json", {"_class_name": part.name, **part.config})
         elif part is not None:
             part.save_pretrained(folder / name, **({"variant": variant} if name in STEMS and variant else {}))
-    if pipeline.text_encoder is not None and pipeline.tokenizer is not None:  # added tokens may stand behind these
+    if pipeline.components.get("text_encoder") is not None and pipeline.tokenizer is not None:
+        # Added tokens may stand behind these.
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         ids = {name: getattr(pipeline.tokenizer, name) for name in names}
         write_json(folder / "text_encoder" / "config.json", {**pipeline.text_encoder.config, **ids})

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from minisd import layers
 from minisd.diffusers.models.attention_processor import split_heads
-from minisd.diffusers.models.network import Network
+from minisd.diffusers.models.network import Format, Network
 from minisd.diffusers.outputs import Config, output
 from minisd.diffusers.refusing import NotCoveredError, accept, parameters
 from minisd.text_encoder import FeedForward, TextEncoder, TextLayer
@@ -152,6 +152,7 @@ class CLIPTextModel(Network):
     """`minisd.text_encoder.TextEncoder`, in the pieces that transformers' model has."""
 
     component, kind = "text_encoder", TextEncoder
+    format = Format.of(component)
     default_dtype = None  # as transformers has it since its version 5
 
     def grow(self, core: TextEncoder) -> None:

@@ -5,6 +5,8 @@ Each is a stand-in for `StableDiffusion.predict_noise`, or context in the place 
     sd.text_to_image("sun", predict_noise=compose(sd, [("red heart", 0.5), ("star", 0.5)]))
     sd.text_to_image("sun", predict_noise=LossGuidance(sd, colour_loss("blue"), scale=3))
     sd.text_to_image(weighted_context(sd, "a (red:1.3) heart"))
+
+and on a model of pixels: model.sample(predict_noise=LossGuidance(model, colour_loss("blue"))).
 """
 
 import re
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from minisd.context import same_length
 from minisd.pipeline import StableDiffusion, check_channels, rescale_guidance
+from minisd.pixel.pipeline import PixelDiffusion
 from minisd.sampling import PredictNoise, Texts
 from minisd.schedulers import Scheduler, equations
 
@@ -138,23 +141,24 @@ class LossGuidance:
     the same for any loss: 1 adds to the predicted noise as much again. Most of it the next step takes back.
 
     `predict_noise`: what to guide; the model's own unless given, such as `compose`'s. `scheduler`: the one in use, if
-    it is not the model's own schedule.
+    it is not the model's own schedule. On a `PixelDiffusion` nothing is decoded, and the gradient is that of pixels.
     """
 
     def __init__(
         self,
-        sd: StableDiffusion,
+        sd: StableDiffusion | PixelDiffusion,
         loss: Callable[[Tensor], Tensor],
         *,
         scale: float = 3.0,
         scheduler: Scheduler | str | None = None,
-        predict_noise: PredictNoise | None = None,
+        predict_noise: Callable[..., Tensor] | None = None,
     ) -> None:
         if not -float("inf") < scale < float("inf"):
             raise ValueError(f"scale={scale}: must be a finite number")
-        self.sd, self.loss, self.scale = sd, loss, scale
+        self.loss, self.scale = loss, scale
         self.scheduler = sd.make_scheduler(scheduler)
-        self.predict_noise = predict_noise or sd.predict_noise
+        self.sd = sd
+        self.predict_noise = predict_noise or (sd.unet if isinstance(sd, PixelDiffusion) else sd.predict_noise)
 
     def __call__(self, x: Tensor, t: Tensor, *settings: Any) -> Tensor:
         alpha_bar, kind = self.scheduler.alpha_bar(int(t)), self.scheduler.prediction_type
@@ -163,10 +167,14 @@ class LossGuidance:
             output = self.predict_noise(x, t, *settings)
             noisy = x[:, : output.shape[1]]  # an inpainting model is given its mask too, behind the latents
             x0 = equations.x0_from_output(output, noisy, alpha_bar, kind)
-            losses = self.loss(self.sd.vae.decode(x0 / self.sd.vae.scaling_factor))
+            losses = self.loss(self.picture(x0))
             slope = torch.autograd.grad(losses.sum(), x)[0][:, : output.shape[1]]
         push = self.scale * slope * unit_length(slope, like=output)
         return towards(output.detach(), push, alpha_bar, kind)
+
+    def picture(self, x0: Tensor) -> Tensor:
+        """The picture that x0 stands for, with a gradient."""
+        return x0 if isinstance(self.sd, PixelDiffusion) else self.sd.vae.decode(x0 / self.sd.vae.scaling_factor)
 
 
 def unit_length(slope: Tensor, like: Tensor) -> Tensor:
@@ -187,7 +195,10 @@ def towards(output: Tensor, push: Tensor, alpha_bar: Tensor, kind: str) -> Tenso
 
 
 def colour_loss(colour: str) -> Callable[[Tensor], Tensor]:
-    """A loss that asks for a mean colour: "blue", "#4080ff", ... Raises ValueError for a colour that nobody knows."""
+    """A loss that asks for a mean colour: "blue", "#4080ff", ...; of grey pictures for its mean brightness.
+
+    Raises ValueError for a colour that nobody knows.
+    """
     try:
         red_green_blue = ImageColor.getrgb(colour)[:3]
     except ValueError:
@@ -195,6 +206,7 @@ def colour_loss(colour: str) -> Callable[[Tensor], Tensor]:
     wanted = torch.tensor(red_green_blue) / 255 * 2 - 1
 
     def loss(images: Tensor) -> Tensor:
-        return (images.mean(dim=(2, 3)) - wanted.to(images)).square().sum(dim=1)
+        asked = wanted if images.shape[1] == 3 else wanted.mean(dim=0, keepdim=True)
+        return (images.mean(dim=(2, 3)) - asked.to(images)).square().sum(dim=1)
 
     return loss

@@ -1,17 +1,20 @@
-"""A training run small enough for a test, as one process or under torchrun:  run.py vae|text FOLDER STEPS [STOP]
+"""A training run small enough for a test, as one process or under torchrun:
+run.py vae|text|v|classes FOLDER STEPS [STOP]
 
 STOP: leave without a word after that step's checkpoint, as a machine does that is switched off.
 """
 
 import os
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import torch
 from emoji_data import FULL, draw_scene
 from latent_bank import Bank
-from train_text_to_image import Denoiser
+from train_class_conditional import train as train_classes
+from train_text_to_image import Denoiser, chosen_schedule
 from train_text_to_image import train as train_text
 from train_vae import train as train_vae
 from training import gather_team
@@ -40,13 +43,17 @@ def main(kind: str, folder: Path, steps: int, stop: int) -> None:
             os._exit(0)
 
     with gather_team() as team:
-        if kind == "text":
+        if kind == "classes":
+            pictures = torch.randint(0, 256, (20, 1, 32, 32), generator=torch.Generator().manual_seed(1))
+            settings = Namespace(steps=steps, batch=BATCH, lr=1e-3, save_every=3)
+            train_classes(team, folder, (pictures.to(torch.uint8), torch.arange(20) % 10), settings, show)
+        elif kind in ("text", "v"):
             mean = torch.randn(16, 4, 8, 8, generator=torch.Generator().manual_seed(1))
             bank = Bank([draw_scene(0, index, FULL) for index in range(16)], mean, torch.full_like(mean, 0.1))
             words = load_tokenizer(embedded_model() / "tokenizer")
-            train_text(
-                team, folder, bank, words, Denoiser(), steps=steps, batch=BATCH, peak=1e-3, save_every=3, show=show
-            )
+            settings = {"steps": steps, "batch": BATCH, "peak": 1e-3, "save_every": 3, "show": show}
+            schedule = chosen_schedule("v_prediction", True) if kind == "v" else chosen_schedule("epsilon", False)
+            train_text(team, folder, bank, words, Denoiser(), schedule=schedule, **settings)
         else:
             vae = StableDiffusion.load().vae.train().requires_grad_(True)
             settings = {"steps": steps, "batch": BATCH, "peak": 1e-3, "save_every": 3, "workers": 0, "show": show}

@@ -553,7 +553,7 @@ def test_too_little_memory(minisd_, monkeypatch, words):
         raise RuntimeError(words)
 
     monkeypatch.setattr(StableDiffusion, "predict_noise", overflow)
-    result = minisd_("sketch", "cat")
+    result = minisd_("generate", "cat")
     assert result.status == 2 and re.fullmatch("error: not enough memory: .*--size.*\n", result.stderr)
     assert os.listdir() == []
 

@@ -85,6 +85,7 @@ FLOORS = (
     ("minisd.layers", "minisd.schedulers", "minisd.tokenizer", "minisd.checkpoint.keymap"),
     ("minisd.unet", "minisd.vae", "minisd.text_encoder", "minisd.sampling", "minisd.context"),
     ("minisd.checkpoint",),
+    ("minisd.pixel",),
     (
         "minisd.adapters",
         "minisd.lab.hooks",

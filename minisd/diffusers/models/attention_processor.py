@@ -80,15 +80,22 @@ def finished(attn: "Attention", x: Tensor, given: Tensor) -> Tensor:
 class Attention(nn.Module):
     """`minisd.layers.Attention` under diffusers' names, with the settings that processors read."""
 
-    rescale_output_factor = 1.0
     upcast_attention = upcast_softmax = only_cross_attention = fused_projections = is_causal = False
     spatial_norm = norm_cross = norm_q = norm_k = added_kv_proj_dim = None
     dropout = 0.0
 
-    def __init__(self, core: layers.Attention, *, crosses: bool, group_norm: nn.GroupNorm | None = None) -> None:
-        """`crosses`: keys and values come from a context. `group_norm`: the VAE's, which has a residual inside."""
+    def __init__(
+        self,
+        core: layers.Attention,
+        *,
+        crosses: bool,
+        group_norm: nn.GroupNorm | None = None,
+        residual: bool = False,
+        scale: float = 1.0,
+    ) -> None:
+        """`crosses`: keys and values come from a context. `group_norm`, `residual`, `scale`: as in `PixelAttention`."""
         super().__init__()
-        self.is_cross_attention, self.residual_connection = crosses, group_norm is not None
+        self.is_cross_attention, self.residual_connection, self.rescale_output_factor = crosses, residual, scale
         self.use_bias = core.q.bias is not None
         self.heads = self.sliceable_head_dim = core.heads
         self.query_dim = self.inner_dim = self.inner_kv_dim = self.out_dim = core.q.out_features

@@ -6,6 +6,7 @@ and a `forward` or a submodule that a program replaced is what runs. Next: `unet
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -13,9 +14,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from minisd import layers, unet, vae
+from minisd import layers, unet
 from minisd.diffusers.models.attention_processor import Attention
 from minisd.diffusers.outputs import output
+from minisd.pixel.unet import PixelResnet, resampled
 
 Modules = Sequence[nn.Module]
 ACTIVATIONS = {F.silu: nn.SiLU, F.gelu: nn.GELU}
@@ -24,26 +26,41 @@ ACTIVATIONS = {F.silu: nn.SiLU, F.gelu: nn.GELU}
 class ResnetBlock2D(nn.Module):
     """`minisd.layers.ResnetBlock`."""
 
-    output_scale_factor, time_embedding_norm = 1.0, "default"
+    output_scale_factor, time_embedding_norm, dropout_share = 1.0, "default", 0.0
     upsample = downsample = None
 
     def __init__(self, core: layers.ResnetBlock) -> None:
         super().__init__()
+        if isinstance(core, PixelResnet):
+            self.output_scale_factor, self.dropout_share = core.scale, core.dropout
+            self.time_embedding_norm = "scale_shift" if core.scale_shift else "default"
+            if core.resample is not None:
+                setattr(self, f"{core.resample}sample", partial(resampled, how=core.resample))
         self.in_channels, self.out_channels = core.conv1.in_channels, core.conv1.out_channels
         self.norm1, self.conv1, self.time_emb_proj = core.norm1, core.conv1, core.time
-        self.norm2, self.dropout, self.conv2 = core.norm2, nn.Dropout(0.0), core.conv2
+        self.norm2, self.dropout, self.conv2 = core.norm2, nn.Dropout(self.dropout_share), core.conv2
         self.nonlinearity = ACTIVATIONS[core.activation]()
         self.conv_shortcut, self.use_in_shortcut = core.shortcut, core.shortcut is not None
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None = None) -> Tensor:
-        """(B, C, H, W), embedded timestep (B, D) -> (B, C', H, W)."""
-        x = self.conv1(self.nonlinearity(self.norm1(input_tensor)))
+        """(B, C, H, W), embedded timestep (B, D) -> (B, C', H, W), or 2H or H/2."""
+        residual, x = input_tensor, self.nonlinearity(self.norm1(input_tensor))
+        resample = self.upsample or self.downsample
+        if resample is not None:
+            residual, x = resample(residual), resample(x)
+        x = self.conv1(x)
         if self.time_emb_proj is not None and temb is not None:
-            x = x + self.time_emb_proj(self.nonlinearity(temb))[:, :, None, None]
-        x = self.conv2(self.dropout(self.nonlinearity(self.norm2(x))))
-        residual = input_tensor
+            temb = self.time_emb_proj(self.nonlinearity(temb))[:, :, None, None]
+            if self.time_embedding_norm == "scale_shift":
+                scale, shift = temb.chunk(2, dim=1)
+                x = self.norm2(x) * (1 + scale) + shift
+            else:
+                x = self.norm2(x + temb)
+        else:
+            x = self.norm2(x)
+        x = self.conv2(self.dropout(self.nonlinearity(x)))
         if self.conv_shortcut is not None:  # the order in memory decides the rounding: in training diffusers' is plain
-            residual = self.conv_shortcut(input_tensor.contiguous() if self.training else input_tensor)
+            residual = self.conv_shortcut(residual.contiguous() if self.training else residual)
         return (residual + x) / self.output_scale_factor
 
 
@@ -193,9 +210,30 @@ class ResnetStack(nn.Module):
             self.attentions = nn.ModuleList(attentions)
         self.resnets = nn.ModuleList(resnets)
 
+    def attend(self, index: int, x: Tensor, text: dict[str, Any]) -> Tensor:
+        """The attention behind resnet `index`: here none."""
+        return x
+
     def resized(self, name: str, layers: Modules) -> None:
         """Register the layers that change the resolution, under diffusers' name; None where there are none."""
         setattr(self, name, nn.ModuleList(layers) if layers else None)
+
+
+class AttendsToText(ResnetStack):
+    """With a transformer behind each resnet."""
+
+    has_cross_attention = True
+
+    def attend(self, index: int, x: Tensor, text: dict[str, Any]) -> Tensor:
+        attended: Tensor = self.attentions[index](x, **text, return_dict=False)[0]
+        return attended
+
+
+class AttendsToItself(ResnetStack):
+    """With self-attention behind each resnet."""
+
+    def attend(self, index: int, x: Tensor, text: dict[str, Any]) -> Tensor:
+        return self.attentions[index](x)
 
 
 class DownBlock2D(ResnetStack):
@@ -209,20 +247,20 @@ class DownBlock2D(ResnetStack):
         """(B, C, H, W), embedded timestep -> the same at the next level, and the skips. `text`: see the attention."""
         x, skips = hidden_states, []
         for index, resnet in enumerate(self.resnets):
-            x = resnet(x, temb)
-            if self.has_cross_attention:
-                x = self.attentions[index](x, **text, return_dict=False)[0]
+            x = self.attend(index, resnet(x, temb), text)
             skips.append(x)
         for downsampler in self.downsamplers or ():
-            x = downsampler(x)
+            x = downsampler(x, temb) if isinstance(downsampler, ResnetBlock2D) else downsampler(x)
             skips.append(x)
         return x, tuple(skips)
 
 
-class CrossAttnDownBlock2D(DownBlock2D):
+class CrossAttnDownBlock2D(AttendsToText, DownBlock2D):
     """One level on the way down, with attention to the text."""
 
-    has_cross_attention = True
+
+class AttnDownBlock2D(AttendsToItself, DownBlock2D):
+    """One level on the way down, with self-attention."""
 
 
 class UNetMidBlock2DCrossAttn(ResnetStack):
@@ -257,17 +295,18 @@ class UpBlock2D(ResnetStack):
         x = hidden_states
         for index, resnet in enumerate(self.resnets):
             x = resnet(torch.cat([x, res_hidden_states_tuple[-1 - index]], dim=1), temb)
-            if self.has_cross_attention:
-                x = self.attentions[index](x, **text, return_dict=False)[0]
+            x = self.attend(index, x, text)
         for upsampler in self.upsamplers or ():
-            x = upsampler(x, upsample_size)
+            x = upsampler(x, temb if isinstance(upsampler, ResnetBlock2D) else upsample_size)
         return x
 
 
-class CrossAttnUpBlock2D(UpBlock2D):
+class CrossAttnUpBlock2D(AttendsToText, UpBlock2D):
     """One level on the way up, with attention to the text."""
 
-    has_cross_attention = True
+
+class AttnUpBlock2D(AttendsToItself, UpBlock2D):
+    """One level on the way up, with self-attention."""
 
 
 class DownEncoderBlock2D(ResnetStack):
@@ -303,18 +342,18 @@ class UpDecoderBlock2D(ResnetStack):
 
 
 class UNetMidBlock2D(ResnetStack):
-    """The middle of either half of the VAE: self-attention between two resnets."""
+    """The middle of either half of the VAE, or of a UNet of pixels: self-attention, if any, between two resnets."""
 
     @classmethod
     def of(cls, middle: nn.ModuleList) -> "UNetMidBlock2D":
         """From minisd's list of a resnet, attention, a resnet."""
-        first, attention, second = cast(tuple[layers.ResnetBlock, vae.PixelAttention, layers.ResnetBlock], middle)
-        attn = Attention(attention.attn, crosses=False, group_norm=attention.norm)
+        first, attention, second = cast(tuple[layers.ResnetBlock, layers.PixelAttention, layers.ResnetBlock], middle)
+        attn = Attention(attention.attn, crosses=False, group_norm=attention.norm, residual=True)
         return cls([ResnetBlock2D(first), ResnetBlock2D(second)], [attn])
 
     def forward(self, hidden_states: Tensor, temb: Tensor | None = None) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         x = self.resnets[0](hidden_states, temb)
-        for attention, resnet in zip(self.attentions, self.resnets[1:], strict=True):
-            x = resnet(attention(x, temb=temb), temb)
-        return x
+        for attention in getattr(self, "attentions", ()):
+            x = attention(x, temb=temb)
+        return self.resnets[1](x, temb)

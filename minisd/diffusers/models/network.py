@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from minisd.checkpoint import configs
-from minisd.checkpoint.keymap import KEYS
+from minisd.checkpoint.keymap import KEYS, Key
 from minisd.checkpoint.load import build
+from minisd.checkpoint.survey import Part
 from minisd.diffusers.loading import NEUTRAL, Source, check_variant, chosen_dtype, open_part
 from minisd.diffusers.outputs import Config
 from minisd.diffusers.refusing import NotCoveredError, accept, missing, parameters, shortened
@@ -31,11 +32,29 @@ class SavesMemory:
     def disable_xformers_memory_efficient_attention(self) -> None: ...
 
 
+class Format(NamedTuple):
+    """How a kind of network stands in files: config.json's fields that minisd does at one value only, that file read
+    and written, and the names of the weights.
+    """
+
+    neutral: Mapping[str, Any]
+    read: Callable[[Mapping[str, Any], str, list[str]], Any]
+    write: Callable[[Any], dict[str, Any]]
+    keys: Callable[[Any], Iterator[Key]]
+
+    @classmethod
+    def of(cls, component: str) -> Format:
+        """Of a component of Stable Diffusion."""
+        neutral = getattr(configs, component.upper()).neutral
+        return cls(neutral, configs.READERS[component], configs.WRITERS[component], KEYS[component])
+
+
 class Network(nn.Module, SavesMemory):
     """A network in diffusers' tree, grown from one of minisd's: the same layers, under diffusers' names."""
 
     component: ClassVar[str]
     kind: ClassVar[type[nn.Module]]
+    format: ClassVar[Format]
     default_dtype: ClassVar[torch.dtype | None] = torch.float32
     config: Config
 
@@ -53,7 +72,7 @@ class Network(nn.Module, SavesMemory):
         if isinstance(stated.get("sample_size"), list):  # height and width: no layer depends on them
             stated["sample_size"] = stated["sample_size"][0]
         try:
-            config = configs.READERS[self.component](stated, type(self).__name__, notes)
+            config = self.format.read(stated, type(self).__name__, notes)
         except ValueError as error:
             raise NotCoveredError(f"{error} (minisd.diffusers)") from None
         if notes:
@@ -76,8 +95,7 @@ class Network(nn.Module, SavesMemory):
 
     def _hold(self, core: Any) -> None:
         self.__dict__["_core"] = core  # no submodule: its layers are in the tree, and would be listed twice
-        table: configs.Fields = getattr(configs, self.component.upper())
-        self.config = Config(table.neutral | configs.WRITERS[self.component](core.config))
+        self.config = Config({**self.format.neutral, **self.format.write(core.config)})
         self.grow(core)
 
     def grow(self, core: Any) -> None:
@@ -100,7 +118,7 @@ class Network(nn.Module, SavesMemory):
     @classmethod
     def paths(cls, config: Any) -> dict[str, str]:
         """minisd's name of every layer -> its path in diffusers' tree."""
-        names = ((key.minisd, key.diffusers) for key in KEYS[cls.component](config))
+        names = ((key.minisd, key.diffusers) for key in cls.format.keys(config))
         return {ours.rpartition(".")[0]: theirs.rpartition(".")[0] for ours, theirs in names}
 
     @classmethod
@@ -122,8 +140,13 @@ class Network(nn.Module, SavesMemory):
         accept(call, others, NEUTRAL, parameters(cls.from_pretrained))
         check_variant(call, variant)
         number = chosen_dtype(call, dtype, torch_dtype, cls.default_dtype)
-        part = open_part(pretrained_model_name_or_path, cls.component, subfolder, variant)
+        part = cls.open_part(pretrained_model_name_or_path, subfolder, variant)
         return cls.of(build(cls.kind, part, number, torch.device("cpu")))
+
+    @classmethod
+    def open_part(cls, source: Source, subfolder: str | None, variant: str | None) -> Part:
+        """The network's folder, understood but not yet read."""
+        return open_part(source, cls.component, subfolder, variant)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **overrides: Any) -> Self:

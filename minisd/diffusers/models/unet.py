@@ -20,7 +20,7 @@ from minisd.diffusers.models.blocks import (
     UpBlock2D,
     Upsample2D,
 )
-from minisd.diffusers.models.network import Network
+from minisd.diffusers.models.network import Format, Network
 from minisd.diffusers.outputs import output
 from minisd.diffusers.refusing import NotCoveredError, accept, parameters
 from minisd.layers import Downsample
@@ -54,6 +54,7 @@ class UNet2DConditionModel(Network, HasAttention):
     """`minisd.unet.UNet`."""
 
     component, kind = "unet", unet.UNet
+    format = Format.of(component)
     down_blocks: nn.ModuleList
     up_blocks: nn.ModuleList
 

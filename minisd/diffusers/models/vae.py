@@ -17,7 +17,7 @@ from minisd.diffusers.models.blocks import (
     UpDecoderBlock2D,
     Upsample2D,
 )
-from minisd.diffusers.models.network import Network
+from minisd.diffusers.models.network import Format, Network
 from minisd.diffusers.models.unet import in_turn, leaves
 from minisd.diffusers.outputs import output
 from minisd.diffusers.refusing import NotCoveredError
@@ -92,6 +92,7 @@ class AutoencoderKL(Network, HasAttention):
     """`minisd.vae.VAE`."""
 
     component, kind = "vae", vae.VAE
+    format = Format.of(component)
 
     def grow(self, core: vae.VAE) -> None:
         self.encoder = Encoder(core.encoder, core.config.resnets_per_level)

@@ -9,6 +9,7 @@ from minisd.diffusers.assembly import Assembly
 from minisd.diffusers.image_to_image import StableDiffusionImg2ImgPipeline
 from minisd.diffusers.inpainting import StableDiffusionInpaintPipeline
 from minisd.diffusers.loading import Source
+from minisd.diffusers.pixel import DDIMPipeline, DDPMPipeline
 from minisd.diffusers.refusing import NotCoveredError
 from minisd.diffusers.text_to_image import StableDiffusionPipeline
 from minisd.files import read_json_object
@@ -17,16 +18,22 @@ __all__ = [
     "AutoPipelineForImage2Image",
     "AutoPipelineForInpainting",
     "AutoPipelineForText2Image",
+    "DDIMPipeline",
+    "DDPMPipeline",
     "DiffusionPipeline",
     "StableDiffusionImg2ImgPipeline",
     "StableDiffusionInpaintPipeline",
     "StableDiffusionPipeline",
 ]
 
-PIPELINES: dict[str, type[StableDiffusionPipeline]] = {
-    kind.__name__: kind
-    for kind in (StableDiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline)
-}
+KINDS: tuple[Any, ...] = (
+    StableDiffusionPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    DDPMPipeline,
+    DDIMPipeline,
+)
+PIPELINES: dict[str, Any] = {kind.__name__: kind for kind in KINDS}
 
 
 class DiffusionPipeline:
