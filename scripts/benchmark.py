@@ -22,6 +22,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ import torch
 from tqdm import tqdm
 
 import minisd
+from minisd.backends import ENGINES, prepare
 from minisd.checkpoint.keymap import model_keys
 from minisd.checkpoint.load import favour_channels_last, open_checkpoint
 from minisd.text_encoder import TextEncoder
@@ -130,14 +133,17 @@ def twin(component: str, folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
 
 @torch.no_grad()
 def measure_unet(folder: Path, rounds: int) -> Iterator[Row]:
-    """One call as guidance makes it: batch 2 at the default size."""
-    for dtype in (torch.float32, torch.bfloat16):
+    """One call as guidance makes it, batch 2 at the default size, by each engine that is installed."""
+    for engine, dtype in product(ENGINES, (torch.float32, torch.bfloat16)):
+        if engine == "openvino" and find_spec("openvino") is None:
+            continue
         ours, theirs = twin("unet", folder, dtype)
+        prepare(engine, ours)
         size = ours.config.sample_size
         x, t = torch.randn(2, 4, size, size, dtype=dtype), torch.tensor(500)
         context = torch.randn(2, 77, ours.config.context_width, dtype=dtype)
         yield alternate(
-            f"UNet, batch 2, {size}x{size} latents, {str(dtype)[6:]}",
+            f"UNet, batch 2, {size}x{size} latents, {str(dtype)[6:]}, {engine}",
             lambda: ours(x, t, context),  # noqa: B023
             lambda: theirs(x, t, encoder_hidden_states=context),  # noqa: B023
             rounds,
@@ -149,6 +155,7 @@ def measure_vae(folder: Path, rounds: int) -> Iterator[Row]:
     """One picture each way."""
     for dtype in (torch.float32, torch.bfloat16):
         ours, theirs = twin("vae", folder, dtype)
+        prepare("exact", ours)
         size = ours.config.sample_size
         z = torch.randn(1, 4, size // 8, size // 8, dtype=dtype)
         images = torch.randn(1, 3, size, size, dtype=dtype)

@@ -132,7 +132,7 @@ OPTIONS: dict[str, Any] = {
     "plain": click.option("--plain", is_flag=True, help="Plain DDIM inversion: one UNet call a step, not exact."),
     "check": click.option("--check", is_flag=True, help="Say where the first NaN is, and how large values get."),
     "start": click.option(
-        "--start", type=click.IntRange(0), help="Invert to this step, 0 is noise. [default: a fifth of the steps]"
+        "--start", type=click.IntRange(0), help="Invert to this step, 0 is noise. [default: a tenth of the steps]"
     ),
 }
 # What the same options are called by other programs; `--help` has one name.

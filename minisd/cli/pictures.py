@@ -118,13 +118,15 @@ def invert(prompt: str, image: str, plain: bool, **options: Any) -> None:
 @click.argument("image", metavar="PICTURE")
 @options(*INVERSION, "start", "plain")
 def edit(prompt: str, new_prompt: str, image: str, start: int | None, plain: bool, **options: Any) -> None:
-    """Change PICTURE, which shows PROMPT, into NEW_PROMPT: by inversion, so that the rest stays."""
+    """Change PICTURE, which shows PROMPT, into NEW_PROMPT: by inversion, so that the rest stays. Guidance is 2 here."""
     from minisd.tasks.inversion import edit
 
     way = "plain" if plain else "exact"
+    if options["guidance_scale"] is None:  # what is enough for new pictures pulls a real one apart
+        options["guidance_scale"] = 2.0
     job, _, latents = prepare_inversion(prompt, image, options, new_prompt=new_prompt, way=way)
-    # After a fifth of the steps colours are still open and shapes no longer.
-    start = job.extra["start"] = job.steps // 5 if start is None else start
+    # After a tenth of the steps colours are still open, and shapes hardly any longer.
+    start = job.extra["start"] = job.steps // 10 if start is None else start
     denoise = partial(edit, job.sd, prompt, new_prompt, latents, start=start, exact=not plain)
     job.write(job.run(denoise, job.steps - start))
 
