@@ -1,5 +1,6 @@
 """Guidance by CLIP: a loss that is small where a picture fits a text, for `LossGuidance`.
 
+    # not run: fetches CLIP, 600 MB
     from transformers import CLIPModel, CLIPTokenizer          # pip install "minisd[clip]"
 
     name = "openai/clip-vit-base-patch32"
