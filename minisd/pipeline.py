@@ -25,7 +25,7 @@ from minisd.context import encode, same_length
 from minisd.model import LatentDiffusionModel
 from minisd.noise import Generators, draw_noise
 from minisd.sampling import LoopSettings, Sampling, Step, Texts, check_divisions, matching_prompts, set_steps
-from minisd.schedulers import Scheduler, named
+from minisd.schedulers import Scheduler, make_scheduler
 from minisd.warn import check_finite, watched
 
 if TYPE_CHECKING:
@@ -121,11 +121,7 @@ class StableDiffusion(LatentDiffusionModel):
 
     def make_scheduler(self, scheduler: Scheduler | str | None, steps: int | None = None) -> Any:
         """A scheduler by name, with the model's noise schedule, or the object given; its timesteps set to `steps`."""
-        made: Any = scheduler
-        if scheduler is None or isinstance(scheduler, str):
-            own = self.scheduler_config.get("_class_name") if scheduler == "model" else scheduler
-            kind, arguments = named(own or "ddim")
-            made = kind.from_config(self.scheduler_config, **({} if scheduler == "model" else arguments))
+        made = make_scheduler(scheduler, self.scheduler_config)
         if steps is not None:
             set_steps(made, steps, self.device)
         return made

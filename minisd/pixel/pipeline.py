@@ -21,7 +21,7 @@ from minisd.noise import draw_noise
 from minisd.pixel.files import find_unet, open_unet, save_folder
 from minisd.pixel.unet import PixelUNet
 from minisd.sampling import Step, set_steps
-from minisd.schedulers import Scheduler, named
+from minisd.schedulers import Scheduler, make_scheduler
 from minisd.warn import warn
 
 if TYPE_CHECKING:
@@ -81,11 +81,7 @@ class PixelDiffusion:
 
     def make_scheduler(self, scheduler: Scheduler | str | None = None) -> Any:
         """A scheduler by name, with the model's noise schedule, or the object given. None is DDIM."""
-        if not isinstance(scheduler, str | None):
-            return scheduler
-        own = self.scheduler_config.get("_class_name", "ddpm")
-        kind, arguments = named(str(own) if scheduler == "model" else scheduler or "ddim")
-        return kind.from_config(self.scheduler_config, **({} if scheduler == "model" else arguments))
+        return make_scheduler(scheduler, self.scheduler_config, own="ddpm")
 
     @torch.no_grad()
     def sample(self, labels: Sequence[int] | None = None, **settings: Any) -> list[Image.Image]:

@@ -18,7 +18,7 @@ from minisd.schedulers.euler import EulerAncestralDiscreteScheduler, EulerDiscre
 from minisd.schedulers.heun import HeunDiscreteScheduler
 from minisd.schedulers.lcm import LCMScheduler
 from minisd.schedulers.lms import LMSDiscreteScheduler
-from minisd.schedulers.names import NAMES, named
+from minisd.schedulers.names import NAMES, make_scheduler, named
 from minisd.schedulers.pndm import PNDMScheduler
 from minisd.schedulers.settings import SchedulerConfig
 from minisd.schedulers.unipc import UniPCMultistepScheduler
@@ -39,5 +39,6 @@ __all__ = [
     "SchedulerConfig",
     "StepResult",
     "UniPCMultistepScheduler",
+    "make_scheduler",
     "named",
 ]

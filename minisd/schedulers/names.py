@@ -4,6 +4,7 @@ In: "DPM++ 2M Karras", "euler_a", "DPMSolverMultistepScheduler". Out: a class an
 """
 
 import re
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
@@ -59,3 +60,17 @@ def named(name: str) -> tuple[Any, dict[str, Any]]:
         raise ValueError(f"scheduler={name!r}: must be one of {', '.join(NAMES)}; some may be followed by {spacings}")
     module, kind, arguments, _ = NAMES[known[0]]
     return getattr(import_module(f"minisd.schedulers.{module}"), kind), {**arguments, **known[1]}
+
+
+def make_scheduler(scheduler: Any, config: Mapping[str, Any], own: str = "ddim") -> Any:
+    """A scheduler by name with the noise schedule of a model's `config`, or the object given. None is DDIM.
+
+    "model" is the one that `config` names, or else `own`. Raises ValueError as `named`.
+    """
+    if scheduler == "model":
+        kind, _ = named(config.get("_class_name") or own)
+        return kind.from_config(config)
+    if not isinstance(scheduler, str | None):
+        return scheduler
+    kind, arguments = named(scheduler or "ddim")
+    return kind.from_config(config, **arguments)
