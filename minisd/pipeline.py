@@ -175,7 +175,7 @@ def rescale_guidance(eps: Tensor, positive: Tensor, amount: float) -> Tensor:
 
 
 def to_pictures(images: Tensor) -> list[Image.Image]:
-    """Images (B, 3, H, W) in [-1, 1] -> PIL images; values are rounded to bytes, not truncated.
+    """Images (B, 3, H, W) in [-1, 1], or grey (B, 1, H, W) -> PIL images; values are rounded to bytes, not truncated.
 
     NaN becomes black, with a `NonFiniteWarning`.
     """
@@ -183,4 +183,5 @@ def to_pictures(images: Tensor) -> list[Image.Image]:
         images = images.nan_to_num(-1.0)
     pixels = (images / 2 + 0.5).clamp(0, 1)
     array = rearrange(pixels, "b c h w -> b h w c").cpu().float().numpy()
-    return [Image.fromarray(picture) for picture in (array * 255).round().astype("uint8")]
+    grey = array.shape[-1] == 1
+    return [Image.fromarray(one[..., 0] if grey else one) for one in (array * 255).round().astype("uint8")]

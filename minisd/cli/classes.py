@@ -31,7 +31,8 @@ def classes(model: str, chosen: tuple[str, ...], images: int, **options: Any) ->
 
     from minisd.cli.job import choose_device_and_dtype
     from minisd.cli.output import plan_paths, report, write_png
-    from minisd.pixel.pipeline import PixelDiffusion, to_pictures
+    from minisd.pipeline import to_pictures
+    from minisd.pixel.pipeline import PixelDiffusion
     from minisd.pixel.sheet import sheet
     from minisd.tasks.guidance import LossGuidance, colour_loss
 
@@ -43,11 +44,11 @@ def classes(model: str, chosen: tuple[str, ...], images: int, **options: Any) ->
     names = class_names(diffusion, chosen)
     labels = [label for label in names for _ in range(images)] or None
     settings = {name: options[name] for name in ("steps", "guidance_scale", "scheduler", "eta")}
-    guided: Any = diffusion.predictor(settings["guidance_scale"], labels)
     if loss is not None:
-        scheduler = settings["scheduler"]
-        guided = LossGuidance(diffusion, loss, scale=options["colour_scale"], scheduler=scheduler, predict_noise=guided)
-    steps = diffusion.denoise(labels, images=images, seed=seed, predict_noise=guided, **settings)
+        scale, scheduler = options["colour_scale"], settings["scheduler"]
+        plain = diffusion.predictor(settings["guidance_scale"], labels)
+        settings["predict_noise"] = LossGuidance(diffusion, loss, scale=scale, scheduler=scheduler, predict_noise=plain)
+    steps = diffusion.denoise(labels, images=images, seed=seed, **settings)
     total = settings["steps"] or diffusion.steps
     *_, last = tqdm(steps, total=total, unit="step", disable=options["quiet"] or None)
     told = {"model": model, "seed": seed, "steps": total, "scheduler": settings["scheduler"], "eta": settings["eta"]}

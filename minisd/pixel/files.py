@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from minisd.checkpoint.configs import MAX_INT, MAX_LEVELS, Fields, check_number, read_fields
-from minisd.checkpoint.hub import STEMS, resolve, single_name
+from minisd.checkpoint.hub import GENERATION_CONFIG, STEMS, resolve, single_name
 from minisd.checkpoint.naming import Naming, Problems, match
 from minisd.checkpoint.save import check_replaceable, into_place, plain, write_json, write_tensors
 from minisd.checkpoint.survey import Part, open_component_folder
@@ -218,7 +218,7 @@ def save_folder(
         write_unet(folder / "unet", state, config, dtype)
         write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
         if generation:
-            write_json(folder / "generation_config.json", generation)
+            write_json(folder / GENERATION_CONFIG, generation)
         write_json(folder / "model_index.json", index)
 
     into_place(destination, write)

@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from minisd.checkpoint.hub import GENERATION_CONFIG
 from minisd.checkpoint.load import build, usable_device
 from minisd.files import read_json_object
 from minisd.noise import draw_noise
+from minisd.pipeline import guide, to_pictures
 from minisd.pixel.files import find_unet, open_unet, save_folder
 from minisd.pixel.unet import PixelUNet
 from minisd.sampling import Step, set_steps
@@ -63,7 +64,7 @@ class PixelDiffusion:
             warn(note)
         settings = folder / "scheduler" / "scheduler_config.json"
         settings = settings if settings.exists() else folder / "scheduler_config.json"  # the first files' place
-        recommended = folder / "generation_config.json"
+        recommended = folder / GENERATION_CONFIG
         return cls(
             build(PixelUNet, part, dtype, device),
             scheduler=read_json_object(settings) if settings.exists() else {"_class_name": "DDPMScheduler"},
@@ -165,13 +166,6 @@ class PixelDiffusion:
             assert labels is not None
             both = self.unet(torch.cat([x, x]), t, torch.cat([torch.full_like(labels, none), labels]))
             free, conditional = both.chunk(2)
-            return free + scale * (conditional - free)
+            return guide(free, conditional, scale)
 
         return predict
-
-
-def to_pictures(images: Tensor) -> list[Image.Image]:
-    """Images (B, C, H, W) in [-1, 1] -> PIL pictures, grey for one channel; values are rounded, as in diffusers."""
-    array = rearrange((images / 2 + 0.5).clamp(0, 1), "b c h w -> b h w c").cpu().float().numpy()
-    pixels = (array * 255).round().astype("uint8")
-    return [Image.fromarray(one.squeeze(-1) if one.shape[-1] == 1 else one) for one in pixels]

@@ -94,7 +94,7 @@ FLOORS = (
         "minisd.lab.taps",
         "minisd.backends",
     ),
-    ("minisd.model", "minisd.pipeline"),
+    ("minisd.model", "minisd.pipeline", "minisd.pixel.pipeline"),
     ("minisd.tasks",),
     ("minisd.diffusers", "minisd.lab"),
     ("minisd.cli", "minisd.__main__"),
