@@ -6,16 +6,16 @@
 | `fast` | float32 linear layers by oneDNN with packed weights (a second copy of them) |
 | `openvino` | UNet and VAE decoder converted by OpenVINO, once for each shape |
 | `compile` | UNet and VAE decoder through `torch.compile` |
+
+This file needs the standard library only, until an engine is chosen: the command line reads `ENGINES`.
 """
 
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from minisd.backends.attention import attend
-from minisd.layers import Attention
+if TYPE_CHECKING:
+    from torch import nn
 
 ENGINES = ("exact", "fast", "openvino", "compile")
 
@@ -28,8 +28,11 @@ def check_engine(engine: str) -> None:
         raise ValueError("engine='openvino': OpenVINO is not installed; pip install 'minisd[openvino]'")
 
 
-def prepare(engine: str, *networks: nn.Module) -> None:
+def prepare(engine: str, *networks: "nn.Module") -> None:
     """Let `networks` (the UNet, the VAE) work by `engine`, in place. Raises ValueError as `check_engine`."""
+    from minisd.backends.attention import attend
+    from minisd.layers import Attention
+
     check_engine(engine)
     for network in networks:
         for module in network.modules():

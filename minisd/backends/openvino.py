@@ -7,9 +7,7 @@ made again. It holds whole weights, so LoRAs and taps, which hook into layers, a
 import copy
 import hashlib
 import os
-import shutil
 import sys
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minisd.checkpoint.save import into_place
 from minisd.unet import UNet
 from minisd.vae import Decoder
 from minisd.warn import warn
@@ -73,7 +72,7 @@ def load(network: nn.Module, inputs: list[Tensor]) -> Any:
         try:
             keep(model, folder)
         except OSError as error:
-            warn(f"{folder}: the conversion cannot be kept ({error.strerror}); it is made again next time")
+            warn(f"the conversion cannot be kept, and is made again next time: {error}")
     return core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "bf16" if half else "f32"})
 
 
@@ -123,15 +122,12 @@ def is_whole(folder: Path) -> bool:
 
 
 def keep(model: Any, folder: Path) -> None:
-    """Write a conversion under a temporary name, then give it its own. Raises OSError."""
+    """Write a conversion whole, or not at all. Raises OSError."""
     import openvino
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent))
-    try:
-        openvino.save_model(model, temporary / "model.xml", compress_to_fp16=False)
-        (temporary / "sha256").write_text(checksum(temporary), encoding="ascii")
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    def write(place: Path) -> None:
+        place.mkdir()
+        openvino.save_model(model, place / "model.xml", compress_to_fp16=False)
+        (place / "sha256").write_text(checksum(place), encoding="ascii")
+
+    into_place(folder, write)

@@ -1,4 +1,4 @@
-"""Every option of the picture commands, once; a command says which it takes, by name. Only click is imported here.
+"""Every option of the picture commands, once; a command says which it takes, by name. Nothing here waits for torch.
 
 An option's parameter has the name that the setting has in `minisd.sampling.Sampling`, wherever it is one.
 """
@@ -9,6 +9,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
+
+from minisd.backends import ENGINES
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 SEEDS = click.IntRange(0, 2**63 - 1)
@@ -98,7 +100,7 @@ OPTIONS: dict[str, Any] = {
     "dtype": click.option("--dtype", type=click.Choice(["auto", "float32", "float16", "bfloat16"]), default="auto"),
     "engine": click.option(
         "--engine",
-        type=click.Choice(["exact", "fast", "openvino", "compile"]),
+        type=click.Choice(ENGINES),
         default="exact",
         help="How the networks are computed.",
     ),
