@@ -23,10 +23,11 @@ from minisd.checkpoint.keymap import COMPONENTS, COMPVIS_PREFIX, model_keys
 from minisd.config import END, START, ModelConfig
 from minisd.tokenizer import CLIPTokenizer
 
+DIFFUSERS_VERSION = {"_diffusers_version": "0.35.0"}  # whose model_index.json is written
 # What diffusers calls the classes of each folder, in model_index.json.
 MODEL_INDEX = {
     "_class_name": "StableDiffusionPipeline",
-    "_diffusers_version": "0.35.0",
+    **DIFFUSERS_VERSION,
     "feature_extractor": [None, None],
     "requires_safety_checker": False,
     "safety_checker": [None, None],

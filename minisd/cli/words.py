@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from minisd.checkpoint.hub import resolve
+from minisd.checkpoint.hub import EMBEDDED, resolve
 from minisd.files import shown
 from minisd.warn import warn
 
@@ -37,7 +37,7 @@ def phrases_of(model: str) -> list[str]:
 
 
 def is_local(model: str) -> bool:
-    return model == "emoji" or Path(model).is_dir()
+    return model in EMBEDDED or Path(model).is_dir()
 
 
 def tell_unknown(model: str, prompts: Iterable[str]) -> None:

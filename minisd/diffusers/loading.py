@@ -67,8 +67,7 @@ def check_is_variant(files: Files, variant: str | None) -> None:
 
 def folder_of_network(source: Source, component: str, subfolder: str | None, variant: str | None) -> Path:
     """The folder of one network, fetched if it is on the hub. Raises CheckpointError or FileNotFoundError."""
-    weights, half = "raw" if variant == "non_ema" else "auto", variant == "fp16"
-    folder = resolve(source, half=half, weights=weights, component=component) / (subfolder or "")
+    folder = resolve(source, component=component, **files_of(variant)) / (subfolder or "")
     read_json_object(folder / "config.json")  # diffusers wants one
     return folder
 
@@ -76,8 +75,12 @@ def folder_of_network(source: Source, component: str, subfolder: str | None, var
 def open_part(source: Source, component: str, subfolder: str | None, variant: str | None) -> Part:
     """One network's folder, understood but not yet read. Raises CheckpointError or FileNotFoundError."""
     folder, notes = folder_of_network(source, component, subfolder, variant), list[str]()
-    weights, half = "raw" if variant == "non_ema" else "auto", variant == "fp16"
-    return note_part(open_alone(folder, component, half=half, weights=weights, notes=notes), variant, notes)
+    return note_part(open_alone(folder, component, notes=notes, **files_of(variant)), variant, notes)
+
+
+def files_of(variant: str | None) -> dict[str, Any]:
+    """Which files to take, in the words of `hub.resolve` and `load.open_alone`."""
+    return {"half": variant == "fp16", "weights": "raw" if variant == "non_ema" else "auto"}
 
 
 def note_part(part: Part, variant: str | None, notes: Iterable[str] | None = None) -> Part:

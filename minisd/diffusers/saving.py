@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from minisd.checkpoint.hub import STEMS, single_name
-from minisd.checkpoint.save import check_replaceable, into_place, plain, write_json, write_tensors
+from minisd.checkpoint.save import DIFFUSERS_VERSION, check_replaceable, into_place, plain, write_json, write_tensors
 from minisd.diffusers.schedulers import UncoveredScheduler
 from minisd.files import write_whole
 
@@ -31,7 +31,7 @@ def pipeline_index(pipeline: Any) -> dict[str, Any]:
     """model_index.json: the library and class of each part."""
     kinds: dict[str, Any] = {name: kind_of(part) for name, part in pipeline.components.items()}
     checker = NO_CHECKER if "safety_checker" in kinds else {}
-    return {"_class_name": type(pipeline).__name__, "_diffusers_version": "0.35.0", **kinds, **checker}
+    return {"_class_name": type(pipeline).__name__, **DIFFUSERS_VERSION, **kinds, **checker}
 
 
 def kind_of(part: Any) -> list[str | None]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from minisd.checkpoint.configs import MAX_INT, MAX_LEVELS, Fields, check_number, read_fields
 from minisd.checkpoint.hub import GENERATION_CONFIG, STEMS, resolve, single_name
 from minisd.checkpoint.naming import Naming, Problems, match
-from minisd.checkpoint.save import check_replaceable, into_place, plain, write_json, write_tensors
+from minisd.checkpoint.save import DIFFUSERS_VERSION, check_replaceable, into_place, plain, write_json, write_tensors
 from minisd.checkpoint.survey import Part, open_component_folder
 from minisd.files import CheckpointError, read_json_object, shown
 from minisd.pixel.config import PixelUNetConfig
@@ -209,7 +209,7 @@ def save_folder(
     kind = str(scheduler["_class_name"])
     index = {
         "_class_name": kind.replace("Scheduler", "Pipeline"),
-        "_diffusers_version": "0.35.0",
+        **DIFFUSERS_VERSION,
         "scheduler": ["diffusers", kind],
         "unet": ["diffusers", "UNet2DModel"],
     }

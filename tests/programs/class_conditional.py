@@ -6,6 +6,15 @@ from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor, nn
 
 CLASSES, PICTURES, BATCH = 10, 512, 64
+SMALL = {
+    "sample_size": 8,
+    "out_channels": 1,
+    "layers_per_block": 1,
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "norm_num_groups": 4,
+}
 
 
 class ChannelConditional(nn.Module):
@@ -14,16 +23,7 @@ class ChannelConditional(nn.Module):
     def __init__(self):
         super().__init__()
         self.embedding = nn.Embedding(CLASSES, 3)
-        self.unet = UNet2DModel(
-            sample_size=8,
-            in_channels=4,
-            out_channels=1,
-            layers_per_block=1,
-            block_out_channels=(8, 16),
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            norm_num_groups=4,
-        )
+        self.unet = UNet2DModel(in_channels=4, **SMALL)
 
     def forward(self, x, t, labels):
         channels = self.embedding(labels)[:, :, None, None].expand(-1, -1, *x.shape[2:])
@@ -34,14 +34,8 @@ def main(folder):
     """The loss curves of one epoch, and what the models then say."""
     torch.manual_seed(1)
     table = UNet2DModel(
-        sample_size=8,
+        **SMALL,
         in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
         attention_head_dim=8,
         num_class_embeds=CLASSES,
         dropout=0.1,

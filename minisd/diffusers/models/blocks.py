@@ -26,19 +26,20 @@ ACTIVATIONS = {F.silu: nn.SiLU, F.gelu: nn.GELU}
 class ResnetBlock2D(nn.Module):
     """`minisd.layers.ResnetBlock`."""
 
-    output_scale_factor, time_embedding_norm, dropout_share = 1.0, "default", 0.0
+    output_scale_factor, time_embedding_norm = 1.0, "default"
     upsample = downsample = None
 
     def __init__(self, core: layers.ResnetBlock) -> None:
         super().__init__()
+        dropout = 0.0
         if isinstance(core, PixelResnet):
-            self.output_scale_factor, self.dropout_share = core.scale, core.dropout
+            self.output_scale_factor, dropout = core.scale, core.dropout
             self.time_embedding_norm = "scale_shift" if core.scale_shift else "default"
             if core.resample is not None:
                 setattr(self, f"{core.resample}sample", partial(resampled, how=core.resample))
         self.in_channels, self.out_channels = core.conv1.in_channels, core.conv1.out_channels
         self.norm1, self.conv1, self.time_emb_proj = core.norm1, core.conv1, core.time
-        self.norm2, self.dropout, self.conv2 = core.norm2, nn.Dropout(self.dropout_share), core.conv2
+        self.norm2, self.dropout, self.conv2 = core.norm2, nn.Dropout(dropout), core.conv2
         self.nonlinearity = ACTIVATIONS[core.activation]()
         self.conv_shortcut, self.use_in_shortcut = core.shortcut, core.shortcut is not None
 

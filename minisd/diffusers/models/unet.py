@@ -24,18 +24,22 @@ from minisd.diffusers.models.network import Format, Network
 from minisd.diffusers.outputs import output
 from minisd.diffusers.refusing import NotCoveredError, accept, parameters
 from minisd.layers import Downsample
+from minisd.pixel.unet import timestep_embedding
 
 
 class Timesteps(nn.Module):
-    """Sinusoidal timestep embedding: `minisd.unet.timestep_embedding`."""
+    """Sinusoidal timestep embedding: `minisd.pixel.unet.timestep_embedding`."""
 
-    def __init__(self, num_channels: int) -> None:
+    def __init__(self, num_channels: int, flip_sin_to_cos: bool, downscale_freq_shift: float) -> None:
         super().__init__()
-        self.num_channels, self.flip_sin_to_cos, self.downscale_freq_shift = num_channels, True, 0
+        self.num_channels, self.flip_sin_to_cos = num_channels, flip_sin_to_cos
+        self.downscale_freq_shift = downscale_freq_shift
 
     def forward(self, timesteps: Tensor) -> Tensor:
         """(B,) -> (B, num_channels) float32."""
-        return unet.timestep_embedding(timesteps, self.num_channels)
+        return timestep_embedding(
+            timesteps, self.num_channels, cosines_first=self.flip_sin_to_cos, shift=self.downscale_freq_shift
+        )
 
 
 class TimestepEmbedding(nn.Module):
@@ -67,7 +71,7 @@ class UNet2DConditionModel(Network, HasAttention):
 
     def grow(self, core: unet.UNet) -> None:
         self.conv_in = core.conv_in
-        self.time_proj = Timesteps(core.config.widths[0])
+        self.time_proj = Timesteps(core.config.widths[0], flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(core.time_embedding)
         self.down_blocks = nn.ModuleList(down_levels(core))
         self.up_blocks = nn.ModuleList(up_levels(core))

@@ -21,7 +21,7 @@ from minisd.diffusers.models.blocks import (
     Upsample2D,
 )
 from minisd.diffusers.models.network import Format, Network
-from minisd.diffusers.models.unet import TimestepEmbedding, in_turn, leaves
+from minisd.diffusers.models.unet import TimestepEmbedding, Timesteps, in_turn, leaves
 from minisd.diffusers.outputs import Output as UNet2DOutput
 from minisd.diffusers.outputs import output
 from minisd.layers import Upsample
@@ -30,21 +30,6 @@ from minisd.pixel.keys import pixel_unet_keys
 from minisd.unet import TimeEmbedding
 
 __all__ = ["UNet2DModel", "UNet2DOutput"]
-
-
-class Timesteps(nn.Module):
-    """Sinusoidal timestep embedding: `minisd.pixel.unet.timestep_embedding`."""
-
-    def __init__(self, num_channels: int, flip_sin_to_cos: bool, downscale_freq_shift: float) -> None:
-        super().__init__()
-        self.num_channels, self.flip_sin_to_cos = num_channels, flip_sin_to_cos
-        self.downscale_freq_shift = downscale_freq_shift
-
-    def forward(self, timesteps: Tensor) -> Tensor:
-        """(B,) -> (B, num_channels) float32."""
-        return unet.timestep_embedding(
-            timesteps, self.num_channels, cosines_first=self.flip_sin_to_cos, shift=self.downscale_freq_shift
-        )
 
 
 class UNet2DModel(Network, HasAttention):
