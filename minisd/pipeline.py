@@ -26,10 +26,13 @@ from minisd.model import LatentDiffusionModel
 from minisd.noise import Generators, draw_noise
 from minisd.sampling import LoopSettings, Sampling, Step, Texts, check_divisions, matching_prompts, set_steps
 from minisd.schedulers import Scheduler, make_scheduler
+from minisd.tiling import in_tiles
 from minisd.warn import check_finite, watched
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+TILED_FROM = 1024 * 1024  # pixels of an image
 
 
 class StableDiffusion(LatentDiffusionModel):
@@ -37,6 +40,8 @@ class StableDiffusion(LatentDiffusionModel):
 
     `text_encoder`, `unet`, `vae` and `tokenizer` are its parts: see `model.py`, which has `load` and `save`.
     """
+
+    tile: bool | None = None  # whether to decode in tiles of the size that the VAE was trained at; None: large images
 
     @torch.no_grad()
     def text_to_image(
@@ -116,8 +121,15 @@ class StableDiffusion(LatentDiffusionModel):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B, 4, H/8, W/8), as in the loop -> images (B, 3, H, W), about in [-1, 1]."""
-        return self.vae.decode(latents / self.vae.scaling_factor)
+        """Scaled latents (B, 4, H/8, W/8), as in the loop -> images (B, 3, H, W), about in [-1, 1].
+
+        In tiles (`tiling.py`) where `tile` is True, or where it is None and images have more than `TILED_FROM` pixels.
+        """
+        latents, config = latents / self.vae.scaling_factor, self.vae.config
+        large = latents.shape[2] * latents.shape[3] * config.downsampling**2 > TILED_FROM
+        if not (large if self.tile is None else self.tile):
+            return self.vae.decode(latents)
+        return in_tiles(self.vae.decode, latents, config.sample_size // config.downsampling, config.sample_size)
 
     def make_scheduler(self, scheduler: Scheduler | str | None, steps: int | None = None) -> Any:
         """A scheduler by name, with the model's noise schedule, or the object given; its timesteps set to `steps`."""

@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 
 import minisd
 import minisd.tokenizer
+from minisd.checkpoint import values
 from minisd.checkpoint.hub import STEMS
 from minisd.checkpoint.keymap import COMPVIS_PREFIX, ema_name, unet_keys, vae_keys
 from minisd.checkpoint.naming import IGNORABLE, ignorable
+from minisd.checkpoint.values import Values
 from minisd.pipeline import StableDiffusion
 from tests.unit.tiny import TOKENIZER, UNET, VAE_CONFIG, compvis_tensors, equal, tiny_model
 
@@ -267,6 +269,15 @@ def test_prediction_hints(compvis, tmp_path):
     flags = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
     scheduler = load(write(compvis | flags, tmp_path / "a.safetensors")).make_scheduler(None)
     assert scheduler.prediction_type == "v_prediction" and scheduler.rescale_betas_zero_snr
+
+
+def test_casting_reads_pieces_only(model, tmp_path, monkeypatch):
+    """Else the file's pages are in memory beside the weights that are made of them."""
+    model.save(tmp_path / "model")
+    monkeypatch.setattr(values, "PIECE", 100)
+    monkeypatch.setattr(Values, "_stored", lambda self, name: pytest.fail(f"{name} is read whole"))
+    cast = StableDiffusion.load(tmp_path / "model", dtype=torch.float16)
+    assert all(torch.equal(weight, model.state()[name].half()) for name, weight in cast.state().items())
 
 
 def test_mixed_dtypes(model, compvis, tmp_path):

@@ -154,6 +154,22 @@ def test_a_generator_goes_on(sd):
     assert not same(first, second)
 
 
+def test_large_images_are_decoded_in_tiles(sd, monkeypatch):
+    latents, sizes, decode = torch.randn(1, 4, 12, 9), [], sd.vae.decode
+    monkeypatch.setattr(sd.vae, "decode", lambda z: sizes.append(z.shape[2:]) or decode(z))
+    for from_, tile, tiled in (
+        (10**9, None, False),
+        (12 * 9 * 64 - 1, None, True),
+        (0, False, False),
+        (10**9, True, True),
+    ):
+        monkeypatch.setattr("minisd.pipeline.TILED_FROM", from_)
+        monkeypatch.setattr(sd, "tile", tile)
+        sizes.clear()
+        assert sd.decode(latents).shape == (1, 3, 96, 72)
+        assert sizes == ([(8, 8), (8, 3), (6, 8), (6, 3)] if tiled else [(12, 9)])
+
+
 def test_a_seed_leaves_the_global_generator_alone(sd):
     before = torch.get_rng_state()
     sd.text_to_image("cat", steps=2, seed=1, eta=1.0)
