@@ -81,8 +81,10 @@ class StableDiffusion(LatentDiffusionModel):
 
         @torch.no_grad()
         def loop(x: Tensor) -> Iterator[Step]:
-            for index, t in enumerate(scheduler.timesteps[start:], start):
-                eps = predict_noise(scheduler.scale_model_input(x, t), t, context, scale, chosen.guidance_rescale)
+            timesteps = scheduler.timesteps[start:]  # on the CPU, where no accelerator waits for them to be read
+            for index, (t, on_device) in enumerate(zip(timesteps, timesteps.to(self.device), strict=True), start):
+                scaled = scheduler.scale_model_input(x, t)
+                eps = predict_noise(scaled, on_device, context, scale, chosen.guidance_rescale)
                 result = scheduler.step(eps, t, x, eta=chosen.eta, generator=generator)
                 step = Step(index, int(t), result.prev_sample, result.pred_original_sample)
                 yield step
@@ -135,7 +137,7 @@ class StableDiffusion(LatentDiffusionModel):
         """A scheduler by name, with the model's noise schedule, or the object given; its timesteps set to `steps`."""
         made = make_scheduler(scheduler, self.scheduler_config)
         if steps is not None:
-            set_steps(made, steps, self.device)
+            set_steps(made, steps)
         return made
 
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:

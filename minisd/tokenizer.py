@@ -128,9 +128,12 @@ class CLIPTokenizer:
 
         Raises ValueError for text that is not valid Unicode (a lone surrogate).
         """
+        return self.rows([self.ids(text) for text in ([texts] if isinstance(texts, str) else texts)])
+
+    def rows(self, ids: list[list[int]]) -> Tensor:
+        """The ids of B texts, of any length -> (B, 77) int64, cut or padded to the context length."""
         most = self.context_length - 2
-        rows = [self._framed(self.ids(text)[:most]) for text in ([texts] if isinstance(texts, str) else texts)]
-        return torch.tensor(rows, dtype=torch.int64)
+        return torch.tensor([self._framed(row[:most]) for row in ids], dtype=torch.int64)
 
     def tokens(self, text: str) -> list[str]:
         """The tokens of one prompt as they read, start and end included, padding not. Raises ValueError as above."""
