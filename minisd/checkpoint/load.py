@@ -22,7 +22,7 @@ from minisd.checkpoint.survey import Part, Survey, check_fit, check_tokenizer, d
 from minisd.checkpoint.values import Values
 from minisd.config import ModelConfig
 from minisd.files import CheckpointError
-from minisd.tokenizer import CLIPTokenizer
+from minisd.tokenizer import CLIPTokenizer, usual_padding
 
 Source = str | os.PathLike[str]
 Network = TypeVar("Network", bound=nn.Module)
@@ -170,7 +170,7 @@ def read_tokenizer(checkpoint: Checkpoint) -> CLIPTokenizer:
     elif (own := checkpoint.survey.tokenizer()) is not None:
         found = CLIPTokenizer(**vars(own))
     else:
-        found = CLIPTokenizer.clip()
+        found = CLIPTokenizer.clip(usual_padding(checkpoint.config.text_encoder))
     check_tokenizer(checkpoint.path, found, checkpoint.config.text_encoder)
     return found
 
