@@ -15,6 +15,7 @@ from minisd.checkpoint.tokenizer_files import write_folder
 from minisd.tokenizer import CLIPTokenizer
 from tests.parity.reference import reference_text_encoder, reference_unet, reference_vae
 
+CROSS = "middle.0.attention.cross_attn"
 PREFIX = "cond_stage_model.model."
 
 
@@ -94,3 +95,56 @@ def test_openclip_names(twin2, single):
     theirs = {name.removeprefix("text_model."): weight for name, weight in theirs.items()}
     assert len(mine) == 2 + 23 * 16 + 2
     assert all(torch.equal(theirs[name], weight) for name, weight in mine.items() if "position_ids" not in name)
+
+
+def test_inspected_by_its_name(single):
+    """24 fused layers count as the tensors that they are; the leftovers have a class each."""
+    from minisd.lab.weights.inspect import inspect
+
+    report = inspect(single)
+    assert report.what == "Stable Diffusion 2.x" and report.problem is None
+    assert report.tensors == len(load_file(single))
+
+
+def test_conversion_both_ways(twin2, single, tmp_path):
+    """One file -> a folder -> one file: every tensor that is used comes back, the thirds of a tensor in their order."""
+    from minisd.lab.weights.convert import convert
+
+    convert(single, tmp_path / "folder")
+    convert(tmp_path / "folder", tmp_path / "again.safetensors")
+    convert(single, tmp_path / "half.safetensors", dtype=torch.float16)
+    before, after = load_file(single), load_file(tmp_path / "again.safetensors")
+    assert all(torch.equal(before[name], weight) for name, weight in after.items())
+    assert after[f"{PREFIX}transformer.resblocks.0.attn.in_proj_weight"].shape == (384, 128)
+    assert set(load_file(tmp_path / "half.safetensors")) == set(before)
+
+
+def test_lora(twin2, tmp_path):
+    """A LoRA for linear projections and wide text, under kohya's names, as weights that were changed by hand."""
+    names = {
+        "lora_unet_down_blocks_1_attentions_0_proj_in": "unet.down.3.attention.proj_in.weight",
+        "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k": f"unet.{CROSS}.k.weight",
+        "lora_te_text_model_encoder_layers_22_self_attn_v_proj": "text_encoder.layers.22.self_attn.v.weight",
+    }
+    sd, changed = (minisd.StableDiffusion.load(twin2[1]) for _ in range(2))
+    tensors, state = {}, changed.state()
+    for name, ours in names.items():
+        down, up = torch.randn(2, state[ours].shape[1]), torch.randn(state[ours].shape[0], 2)
+        tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(2.0)}
+        state[ours].copy_(state[ours] + up @ down)
+    save_file(tensors, tmp_path / "lora.safetensors")
+    plain = picture_of(sd)
+    sd.load_lora(tmp_path / "lora.safetensors")
+    assert not np.array_equal(picture_of(sd), plain)
+    assert np.abs(picture_of(sd).astype(int) - picture_of(changed)).max() <= 1
+
+
+def test_dialect(twin2):
+    """diffusers' own program on a folder of SD 2.x."""
+    from minisd.diffusers import StableDiffusionPipeline as Dialect
+
+    pipeline, folder = twin2
+    settings = {"num_inference_steps": 3, "guidance_scale": 5.0}
+    theirs = pipeline("a cat", generator=torch.Generator().manual_seed(1), **settings).images[0]
+    mine = Dialect.from_pretrained(folder)("a cat", generator=torch.Generator().manual_seed(1), **settings).images[0]
+    assert np.array_equal(np.asarray(mine), np.asarray(theirs))
