@@ -350,10 +350,14 @@ class StableDiffusionPipeline(Assembly):
     def _encode_images(self, images: Tensor, generator: Generators) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> scaled latents, sampled. With a list of generators, one by one."""
         if isinstance(generator, Sequence):
-            one_by_one = [
-                self.vae.encode(images[i : i + 1]).latent_dist.sample(generator[i]) for i in range(len(images))
-            ]
+            one_by_one = [sampled(self.vae.encode(images[i : i + 1]), generator[i]) for i in range(len(images))]
             latents = torch.cat(one_by_one)
         else:
-            latents = self.vae.encode(images).latent_dist.sample(generator)
+            latents = sampled(self.vae.encode(images), generator)
         return self.vae.config.scaling_factor * latents
+
+
+def sampled(encoded: Any, generator: Any) -> Tensor:
+    """Latents out of what a VAE's `encode` gave; AutoencoderTiny draws nothing."""
+    latents: Tensor = encoded.latents if "latents" in encoded else encoded.latent_dist.sample(generator)
+    return latents
