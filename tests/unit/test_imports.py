@@ -85,7 +85,7 @@ FLOORS = (
     ("minisd.layers", "minisd.tiling", "minisd.schedulers", "minisd.tokenizer", "minisd.checkpoint.keymap"),
     ("minisd.unet", "minisd.vae", "minisd.text_encoder", "minisd.sampling", "minisd.context"),
     ("minisd.checkpoint",),
-    ("minisd.pixel",),
+    ("minisd.pixel", "minisd.tiny_vae"),
     (
         "minisd.adapters",
         "minisd.lab.hooks",
