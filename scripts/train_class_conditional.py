@@ -121,8 +121,7 @@ def train(
 
     `show(average, step)` is called after each checkpoint, in the leading process.
     """
-    torch.manual_seed(SEED)
-    unet = PixelUNet(CONFIG).to(team.device)
+    unet = new_unet(arguments.start).to(team.device)
     average = copy.deepcopy(unet).requires_grad_(False)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=arguments.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     parts = {"model": unet, "average": average, "optimizer": optimizer}
@@ -144,6 +143,15 @@ def train(
     return average
 
 
+def new_unet(start: Path | None) -> PixelUNet:
+    """Fresh weights, or those of a model that learned before."""
+    torch.manual_seed(SEED)
+    unet = PixelUNet(CONFIG)
+    if start is not None:
+        unet.load_state_dict(PixelDiffusion.load(start).unet.state_dict())
+    return unet
+
+
 def assemble(unet: PixelUNet) -> PixelDiffusion:
     """The whole model, with the settings that suit it."""
     unet = copy.deepcopy(unet).cpu().eval()
@@ -160,6 +168,9 @@ def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the UNet of weights/fashion; run again to resume.")
     parser.add_argument("--out", type=Path, default=Path("runs/class-conditional"), metavar="FOLDER")
     parser.add_argument("--data", type=Path, default=FOLDER, metavar="FOLDER", help="with the four IDX files")
+    parser.add_argument(
+        "--from", dest="start", type=Path, metavar="FOLDER", help="begin with the weights of this model"
+    )
     parser.add_argument("--steps", type=int, default=3700, help="length of the whole run (default 3700)")
     parser.add_argument("--batch", type=int, default=64, help="pictures a step, of all processes together (default 64)")
     parser.add_argument("--lr", type=float, default=1e-3)
