@@ -106,6 +106,15 @@ def parameters(path: Path) -> str:
 # ------------------------------------------------ pictures
 
 
+@pytest.mark.parametrize(("given", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(minisd_, monkeypatch, given, expected):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    minisd_("--version", model=None, steps=None)
+    assert os.environ["OMP_WAIT_POLICY"] == expected
+
+
 def test_a_picture(minisd_):
     result = minisd_("generate", "red heart", "--seed", "7")
     assert result.written == Path("red-heart-7.png") and result.stdout == "red-heart-7.png\n"
