@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from minisd.context import encode, same_length
+from minisd.metadata.writing import sign_all
 from minisd.model import LatentDiffusionModel
 from minisd.noise import Generators, draw_noise
 from minisd.sampling import LoopSettings, Sampling, Step, Texts, check_divisions, matching_prompts, set_steps
@@ -42,9 +43,12 @@ class StableDiffusion(LatentDiffusionModel):
     def text_to_image(
         self, prompt: Texts, sampling: Sampling | None = None, **settings: "Unpack[LoopSettings]"
     ) -> list[Image.Image]:
-        """Generate `images_per_prompt` images for each prompt: run `denoise`, which has the settings, then decode."""
+        """Generate `images_per_prompt` images for each prompt: run `denoise`, which has the settings, then decode.
+
+        The images know their settings, and `save` writes them into PNGs: `minisd show`, `minisd replay`.
+        """
         *_, last = self.denoise(prompt, sampling, **settings)
-        return to_pictures(self.decode(last.latents))
+        return sign_all(to_pictures(self.decode(last.latents)), self, prompt, sampling, settings)
 
     @torch.no_grad()
     def denoise(

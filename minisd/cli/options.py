@@ -137,6 +137,7 @@ OPTIONS: dict[str, Any] = {
         "--start", type=click.IntRange(0), help="Invert to this step, 0 is noise. [default: a tenth of the steps]"
     ),
 }
+NOT_KEPT = ("output", "quiet", "as_json", "steps_dir", "check")  # what changes no picture, and none remembers
 # What the same options are called by other programs; `--help` has one name.
 ALIASES = {
     "--negative-prompt": "--negative",

@@ -87,8 +87,9 @@ def invert(prompt: str, image: str, plain: bool, **options: Any) -> None:
     """Find the noise that generates PICTURE under PROMPT; write it, and the picture that comes back from it."""
     from safetensors.torch import save
 
-    from minisd.cli.output import check_no_folder, parameters
+    from minisd.cli.output import check_no_folder
     from minisd.files import write_whole
+    from minisd.metadata.writing import parameters
     from minisd.pipeline import to_pictures
     from minisd.tasks.inversion import invert, round_trip
 

@@ -83,7 +83,7 @@ def test_the_parser_sees_what_is_there():
 FLOORS = (
     ("minisd", "minisd.files", "minisd.checks", "minisd.config", "minisd.noise"),
     ("minisd.layers", "minisd.schedulers", "minisd.tokenizer", "minisd.checkpoint.keymap"),
-    ("minisd.unet", "minisd.vae", "minisd.text_encoder", "minisd.sampling", "minisd.context"),
+    ("minisd.unet", "minisd.vae", "minisd.text_encoder", "minisd.sampling", "minisd.context", "minisd.metadata"),
     ("minisd.checkpoint",),
     ("minisd.pixel",),
     (
