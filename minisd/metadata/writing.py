@@ -57,9 +57,10 @@ def signed(picture: Image.Image, parameters: str, record: Mapping[str, Any] | No
     """The picture with its settings; `record` is what makes it again, None where nothing does."""
     made = Picture.__new__(Picture)
     made.__setstate__(picture.__getstate__())
-    made.info = {"parameters": parameters} | (
-        {"minisd": json.dumps(record, sort_keys=True)} if record is not None else {}
-    )
+    made.info.clear()
+    made.info["parameters"] = parameters
+    if record is not None:
+        made.info["minisd"] = json.dumps(record, sort_keys=True)
     return made
 
 
