@@ -14,6 +14,7 @@ Read on in this order: `sampling.py` (every setting), `tokenizer.py`, `text_enco
 
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -117,6 +118,10 @@ class StableDiffusion(LatentDiffusionModel):
             return self.unet(x, t, context)
         negative, positive = self.unet(torch.cat([x, x]), t, context).chunk(2)
         return guide(negative, positive, guidance_scale, guidance_rescale)
+
+    def explain(self, prompt: str, **settings: Any) -> Any:
+        """One generation from the inside, which a notebook shows, and `save` writes as a page: `minisd.explain`."""
+        return import_module("minisd.explain").explain(self, prompt, **settings)  # it stands on this file
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -34,6 +34,13 @@ OPTIONS: dict[str, Any] = {
     ),
     "picture-output": click.option("-o", "--output", metavar="FILE.png", help="Draw it there. [default: as text]"),
     "gif": click.option("-o", "--output", metavar="FILE.gif", help="[default: named after prompt and seed]"),
+    "page": click.option("-o", "--output", metavar="FILE.html", help="Where to write. [default: named after prompt]"),
+    "versus": click.option(
+        "--versus", multiple=True, metavar="NAME=VALUE", help="Compare with a run of another seed, prompt, model, ..."
+    ),
+    "what-if": click.option(
+        "--what-if/--no-what-if", default=True, help="Also without each word, without each block.  [default: yes]"
+    ),
     "model": click.option(
         "-m", "--model", default="emoji", show_default=True, help="emoji, sd15, a folder, a file, or a hub id."
     ),

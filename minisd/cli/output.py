@@ -33,8 +33,7 @@ class Paths:
 def plan_paths(output: str | None, prompt: str, seed: int, images: int) -> Paths:
     """Choose the file names, and make sure now that they can be written."""
     if output is None:
-        words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-")
-        output = f"{words or 'picture'}-{seed}.png"
+        output = f"{name_of(prompt)}-{seed}.png"
     path = png_path(output)
     digits = len(str(images))
     singles = [path.with_name(f"{path.stem}-{number:0{digits}}.png") for number in range(1, images + 1)]
@@ -42,6 +41,11 @@ def plan_paths(output: str | None, prompt: str, seed: int, images: int) -> Paths
     for taken in [path, *paths.images]:
         check_no_folder(taken)
     return paths
+
+
+def name_of(prompt: str) -> str:
+    """A file's name after a prompt."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-") or "picture"
 
 
 def png_path(output: str) -> Path:

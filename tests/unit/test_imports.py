@@ -90,6 +90,7 @@ FLOORS = (
         "minisd.adapters",
         "minisd.lab.hooks",
         "minisd.lab.names",
+        "minisd.lab.page",
         "minisd.lab.sources",
         "minisd.lab.taps",
         "minisd.backends",
@@ -97,6 +98,7 @@ FLOORS = (
     ("minisd.model", "minisd.pipeline", "minisd.pixel.pipeline"),
     ("minisd.tasks",),
     ("minisd.diffusers", "minisd.lab"),
+    ("minisd.explain",),
     ("minisd.cli", "minisd.__main__"),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
