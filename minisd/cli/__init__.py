@@ -1,8 +1,8 @@
 """The command `minisd`.
 
 Results go to standard output, the path written last; progress and warnings to standard error. Bad input ends with one
-line and exit status 2. Only click is imported here: `minisd --help` does not wait for torch. The commands, one file a
-group: `pictures.py`, `explain.py`, `show.py`, `classes.py`, `weights.py`, `words.py`, `lora.py`, `parity.py`.
+line and exit status 2. Only click is imported here: `minisd --help` does not wait for torch. The commands are in the
+files beside this one, one file a group.
 """
 
 import difflib
@@ -11,7 +11,7 @@ import sys
 import click
 
 import minisd
-from minisd.cli import classes, explain, lora, parity, pictures, show, weights, words
+from minisd.cli import classes, explain, grid, lora, parity, pictures, show, weights, words
 from minisd.cli.notes import Notes
 
 
@@ -48,7 +48,7 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for group in (pictures, explain, show, classes, weights, words, lora, parity):
+for group in (pictures, explain, grid, show, classes, weights, words, lora, parity):
     for command in group.COMMANDS:
         cli.add_command(command)
 

@@ -38,6 +38,8 @@ OPTIONS: dict[str, Any] = {
     "versus": click.option(
         "--versus", multiple=True, metavar="NAME=VALUE", help="Compare with a run of another seed, prompt, model, ..."
     ),
+    "x": click.option("--x", metavar="NAME=V,V", help="What varies from column to column."),
+    "y": click.option("--y", metavar="NAME=V,V", help="What varies from row to row."),
     "what-if": click.option(
         "--what-if/--no-what-if", default=True, help="Also without each word, without each block.  [default: yes]"
     ),

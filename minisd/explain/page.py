@@ -92,6 +92,8 @@ def explain(
     began, sampling = time.perf_counter(), Sampling(**settings)
     if sampling.images_per_prompt != 1 or sampling.generator is not None or sampling.predict_noise is not None:
         raise ValueError("explain: one image from a seed; images_per_prompt, generator and predict_noise do not fit")
+    if strange := sorted(set(versus or ()) - {*vars(sampling), "prompt", "model"}):
+        raise ValueError(f"versus: {', '.join(strange)} cannot be compared here")
     sampling = replace(sampling, seed=secrets.randbelow(2**32) if sampling.seed is None else sampling.seed)
     found = generate(sd, prompt, sampling)
     data = {**overview(found), **inside(found), "vae": round_trip(found), "compare": None, "words": None}

@@ -1,6 +1,6 @@
 """Settings by name as text, "guidance=1,4,7.5": what `minisd grid` varies, and `minisd explain` compares with.
 
-In: texts. Out: names of `Sampling`, or prompt, model, lora, and their values. Nothing here waits for torch.
+In: texts. Out: names of `Sampling`, or prompt, model, replace, lora, and their values.
 """
 
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from typing import Any
 NAMES = {"guidance": "guidance_scale", "cfg": "guidance_scale", "negative": "negative_prompt", "sampler": "scheduler"}
 KINDS: dict[str, Any] = {
     "guidance_scale": float, "guidance_rescale": float, "eta": float, "steps": int, "seed": int, "clip_skip": int,
-    "scheduler": str, "prompt": str, "negative_prompt": str, "model": str, "lora": str,
+    "scheduler": str, "prompt": str, "negative_prompt": str, "model": str, "replace": str, "lora": float,
 }  # fmt: skip
 
 
