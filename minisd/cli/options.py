@@ -141,6 +141,22 @@ OPTIONS: dict[str, Any] = {
         "--long-prompts", is_flag=True, help="Read prompts of more than 75 tokens whole, in windows of 75."
     ),
     "plain": click.option("--plain", is_flag=True, help="Plain DDIM inversion: one UNet call a step, not exact."),
+    "cross": click.option(
+        "--cross",
+        type=click.FloatRange(0, 1),
+        default=0.8,
+        show_default=True,
+        help="Share of steps with the old maps.",
+    ),
+    "self-attention": click.option(
+        "--self",
+        "self_attention",
+        type=click.FloatRange(0, 1),
+        default=0.4,
+        show_default=True,
+        help="In self-attention.",
+    ),
+    "reweight": click.option("--reweight", multiple=True, metavar="WORD:WEIGHT", help="Attend to a word so much more."),
     "check": click.option("--check", is_flag=True, help="Say where the first NaN is, and how large values get."),
     "start": click.option(
         "--start", type=click.IntRange(0), help="Invert to this step, 0 is noise. [default: a tenth of the steps]"
