@@ -25,7 +25,7 @@ from minisd.metadata.writing import parameters, provenance
 from minisd.pipeline import StableDiffusion, to_pictures
 from minisd.sampling import Sampling, Step, tell_seed
 from minisd.schedulers import DDIMScheduler, named
-from minisd.tasks.images import finished, fitting_size
+from minisd.tasks.images import finished, near_size
 from minisd.warn import warn
 
 SomeStep = TypeVar("SomeStep", bound=Step)
@@ -179,24 +179,6 @@ class Job:
         written = [*paths.images, *([paths.grid] if paths.grid else []), *([last] if last else [])]
         seconds = {"seconds": round(time.perf_counter() - self.started, 2)}
         report(written, files | told | self.extra | found | seconds, self.options["as_json"])
-
-
-def near_size(sd: StableDiffusion, picture: Image.Image) -> tuple[int, int]:
-    """Height and width for a picture: its own, or, twice the model's own and more or half of it and less, the model's.
-
-    A UNet generates well near the size that it was trained at only, and the time grows with the fourth power.
-    """
-    own, (width, height) = sd.unet.config.sample_size * sd.vae.config.downsampling, picture.size
-    share = own / math.sqrt(width * height)
-    if 0.5 < share < 2:
-        return fitting_size(sd, picture)
-    factor = sd.vae.config.downsampling
-    height, width = (max(factor, round(side * share / factor) * factor) for side in (height, width))
-    warn(
-        f"the picture has {picture.width}x{picture.height} pixels, the model was made for {own}x{own}: "
-        f"it is brought to {width}x{height} (--size {picture.width}x{picture.height} keeps it)"
-    )
-    return height, width
 
 
 def tell_size(sd: StableDiffusion, size: tuple[int, int] | None) -> None:

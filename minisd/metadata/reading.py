@@ -18,6 +18,7 @@ from minisd.schedulers.names import SPACINGS, plain, table
 
 MOST = 4 << 20  # bytes of settings: workflows of hundreds of nodes have a tenth of that
 PAIR = re.compile(r'\s*([^:,"]{1,60}):\s*("(?:[^"\\]|\\.)*"|[^,]*)(?:,|$)')
+SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 LORA = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>")
 SILENT = {"Version", "Model hash", "VAE hash", "Lora hashes", "Hashes", "Schedule type", "Model", "Clip skip", "RNG"}
 SAMPLER = {"steps": "steps", "cfg": "guidance_scale", "seed": "seed", "noise_seed": "seed"}  # ComfyUI's
@@ -80,6 +81,8 @@ def own(record: Any, text: str) -> Found:
         if not isinstance(record[name], kind):
             raise ValueError(f"{name}: {shown(record[name], 40)}")
     options, load = record["options"], record["load"]
+    if size := SIZE.fullmatch(str(options.get("size", ""))):
+        options = {**options, "width": int(size[1]), "height": int(size[2])}
     settings = {"negative_prompt": "", **options, "model": options.get("model") or load.get("source")}
     return Found(f"minisd {record['minisd']}", settings, record=record, text=text)
 
@@ -114,7 +117,7 @@ def take(found: Found, pairs: dict[str, str]) -> None:
     for label, (name, kind) in numbers.items():
         if label in pairs:
             found.settings[name] = kind(pairs.pop(label))
-    if size := re.fullmatch(r"(\d{1,5})x(\d{1,5})", pairs.pop("Size", "")):
+    if size := SIZE.fullmatch(pairs.pop("Size", "")):
         found.settings |= {"width": int(size[1]), "height": int(size[2])}
     if "Clip skip" in pairs:
         found.settings["clip_skip"] = max(0, int(pairs["Clip skip"]) - 1)

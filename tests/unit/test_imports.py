@@ -99,6 +99,7 @@ FLOORS = (
     ("minisd.tasks",),
     ("minisd.diffusers", "minisd.lab"),
     ("minisd.explain",),
+    ("minisd.studio",),
     ("minisd.cli", "minisd.__main__"),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
