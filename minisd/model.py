@@ -52,6 +52,7 @@ class LatentDiffusionModel:
         self.text_encoder, self.unet, self.vae, self.tokenizer = text_encoder, unet, vae, tokenizer
         self.scheduler_config, self.generation = dict(scheduler), dict(generation or {})
         self.adapters = Adapters(self)
+        self.origin: dict[str, Any] = {}  # the arguments of `load` that were not its defaults, as text
 
     @classmethod
     def load(
@@ -94,6 +95,10 @@ class LatentDiffusionModel:
             generation=checkpoint.generation,
         )
         prepare(engine, model.unet, model.vae)
+        given = {"weights": weights, "vae": vae, "tokenizer": tokenizer, "prediction": prediction, "engine": engine}
+        usual = {"weights": "auto", "engine": "exact"}
+        model.origin = {"source": os.fspath(source), "dtype": str(dtype).removeprefix("torch.")}
+        model.origin |= {name: str(value) for name, value in given.items() if value != usual.get(name)}
         return model
 
     @property

@@ -14,6 +14,7 @@ Read on in this order: `sampling.py` (every setting), `tokenizer.py`, `text_enco
 
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from minisd.context import encode, same_length
+from minisd.metadata.writing import sign_all
 from minisd.model import LatentDiffusionModel
 from minisd.noise import Generators, draw_noise
 from minisd.sampling import LoopSettings, Sampling, Step, Texts, check_divisions, matching_prompts, set_steps
@@ -47,9 +49,12 @@ class StableDiffusion(LatentDiffusionModel):
     def text_to_image(
         self, prompt: Texts, sampling: Sampling | None = None, **settings: "Unpack[LoopSettings]"
     ) -> list[Image.Image]:
-        """Generate `images_per_prompt` images for each prompt: run `denoise`, which has the settings, then decode."""
+        """Generate `images_per_prompt` images for each prompt: run `denoise`, which has the settings, then decode.
+
+        The images know their settings, and `save` writes them into PNGs: `minisd show`, `minisd replay`.
+        """
         *_, last = self.denoise(prompt, sampling, **settings)
-        return to_pictures(self.decode(last.latents))
+        return sign_all(to_pictures(self.decode(last.latents)), self, prompt, sampling, settings)
 
     @torch.no_grad()
     def denoise(
@@ -120,6 +125,10 @@ class StableDiffusion(LatentDiffusionModel):
             return self.unet(x, t, context)
         negative, positive = self.unet(torch.cat([x, x]), t, context).chunk(2)
         return guide(negative, positive, guidance_scale, guidance_rescale)
+
+    def explain(self, prompt: str, **settings: Any) -> Any:
+        """One generation from the inside, which a notebook shows, and `save` writes as a page: `minisd.explain`."""
+        return import_module("minisd.explain").explain(self, prompt, **settings)  # it stands on this file
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

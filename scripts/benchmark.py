@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import growth
 import torch
 from tqdm import tqdm
 
@@ -81,20 +83,65 @@ class Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure minisd beside diffusers.")
     parser.add_argument("--model", type=Path, help="a folder in diffusers' layout (default: SD 1.5, random weights)")
-    parser.add_argument("--only", choices=[*MEASURES], help="one part of the benchmark")
+    parser.add_argument("--only", choices=[*MEASURES, *TABLES], help="one part of the benchmark")
+    parser.add_argument("--plot", help="a picture of --only growth, by matplotlib")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each side (default: 5)")
     options = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.rounds} rounds")
-    print("| what | minisd | the other | ratio of medians | pair by pair |\n|---|---|---|---|---|")
+    tell_busy()
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.model or Path(scratch) / "sd15"
         if options.model is None and options.only != "schedulers":
             random_sd15(folder)
+        for part, show in TABLES.items():
+            if options.only in (None, part):
+                show(folder, options.rounds, options.plot)
+        if options.only not in TABLES:
+            print("| what | minisd | the other | ratio of medians | pair by pair |\n|---|---|---|---|---|")
         for part, measure in MEASURES.items():
             if options.only in (None, part):
                 for row in measure(folder, options.rounds):
                     print(row, flush=True)
                 gc.collect()
+
+
+def tell_busy() -> None:
+    """Warn where other processes work too: times are theirs as well then, and only ratios mean something."""
+    if hasattr(os, "getloadavg") and (load := os.getloadavg()[0]) > 0.5:
+        print(f"warning: the machine is busy (load {load:.1f} before the start)", file=sys.stderr)
+
+
+def show_growth(folder: Path, rounds: int, plot: str | None) -> None:
+    """Time and memory of whole processes against steps, size, images and threads."""
+    config = open_checkpoint(folder, dtype=None).config
+    command = [sys.executable, "-m", "minisd", "generate", "red heart", "--seed", "1", "--model", str(folder)]
+    found = growth.growth(
+        lambda more, **environment: run_once([*command, *more], **environment), config.vae.sample_size, rounds
+    )
+    print("| setting | value | time | most memory |\n|---|---|---|---|")
+    for name, points in found.items():
+        for value, seconds, gigabytes in points:
+            print(f"| {name} | {value:g} | {seconds:.2f} s | {gigabytes:.2f} GB |")
+    if plot:
+        growth.plot(found, plot)
+
+
+@torch.no_grad()
+def show_kinds(folder: Path, rounds: int, plot: str | None) -> None:
+    """Where a UNet call's time goes, beside what the machine can reach."""
+    print("| UNet, batch 2 | time | GFLOP/s | of the measured peak |\n|---|---|---|---|")
+    for dtype in (torch.float32, torch.bfloat16):
+        unet = minisd.StableDiffusion.load(folder, dtype=dtype).unet
+        most = growth.peak(dtype)
+        for kind, seconds, speed in growth.kinds(unet, inputs_of(unet, dtype)):
+            reached = f"{speed:.0f} | {speed / most:.0%}" if speed else "- | -"
+            print(f"| {str(dtype)[6:]}: {kind} | {seconds:.3f} s | {reached} |")
+
+
+def inputs_of(unet: UNet, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What guidance calls it with: latents of the default size, batch 2; a timestep; context."""
+    size, width = unet.config.sample_size, unet.config.context_width
+    return torch.randn(2, 4, size, size, dtype=dtype), torch.tensor(500), torch.randn(2, 77, width, dtype=dtype)
 
 
 def random_sd15(folder: Path) -> None:
@@ -139,15 +186,27 @@ def measure_unet(folder: Path, rounds: int) -> Iterator[Row]:
             continue
         ours, theirs = twin("unet", folder, dtype)
         prepare(engine, ours)
-        size = ours.config.sample_size
-        x, t = torch.randn(2, 4, size, size, dtype=dtype), torch.tensor(500)
-        context = torch.randn(2, 77, ours.config.context_width, dtype=dtype)
-        yield alternate(
-            f"UNet, batch 2, {size}x{size} latents, {str(dtype)[6:]}, {engine}",
-            lambda: ours(x, t, context),  # noqa: B023
-            lambda: theirs(x, t, encoder_hidden_states=context),  # noqa: B023
-            rounds,
-        )
+        x, t, context = inputs = inputs_of(ours, dtype)
+        what = f"UNet, batch 2, {x.shape[2]}x{x.shape[3]} latents, {str(dtype)[6:]}, {engine}"
+        call, other = partial(ours, *inputs), partial(theirs, x, t, encoder_hidden_states=context)
+        yield alternate(what, call, other, rounds)
+        if engine == "openvino":
+            yield alternate(f"{what}, beside OpenVINO fed by diffusers", call, fed_by_diffusers(theirs, inputs), rounds)
+
+
+def fed_by_diffusers(theirs: Any, inputs: tuple[torch.Tensor, ...]) -> Callable[[], Any]:
+    """diffusers' UNet as OpenVINO runs it."""
+    import openvino
+
+    half = inputs[0].dtype == torch.bfloat16
+    given = [one.float() for one in inputs]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the tracer
+        model = openvino.convert_model(theirs.float(), example_input=tuple(given))
+    model.reshape([list(one.shape) for one in given])
+    hint = {"INFERENCE_PRECISION_HINT": "bf16" if half else "f32"}
+    compiled = openvino.Core().compile_model(model, "CPU", hint)
+    return partial(compiled, [one.numpy() for one in given])
 
 
 @torch.no_grad()
@@ -237,9 +296,9 @@ def processes(what: str, ours: list[str], theirs: list[str], rounds: int) -> Ite
         yield Row(f"{what} (in {statistics.median(memory[0]):.2f} GB of memory)", *seconds, "s")
 
 
-def run_once(command: list[str]) -> tuple[float, float]:
+def run_once(command: list[str], **environment: str) -> tuple[float, float]:
     """Run a command in a new process: wall seconds, and the largest resident memory in bytes."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"} | environment
     outer = [sys.executable, "-S", "-c", MEASURED, *command]
     told = subprocess.run(outer, env=environment, capture_output=True, text=True, check=True).stdout.split()
     if int(told[0]):
@@ -254,6 +313,7 @@ MEASURES: dict[str, Callable[[Path, int], Iterator[Row]]] = {
     "vae": measure_vae,
     "workbench": measure_workbench,
 }
+TABLES = {"growth": show_growth, "kinds": show_kinds}
 
 if __name__ == "__main__":
     with contextlib.suppress(KeyboardInterrupt):

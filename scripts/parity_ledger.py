@@ -20,7 +20,7 @@ import transformers
 from diffusers import StableDiffusionPipeline
 
 import minisd
-from tests.parity.ledger import DTYPES, Entry, measure
+from tests.parity.ledger import DTYPES, Entry, measure, measure_engines, other_engines
 from tests.parity.reference import NARROW, reference_pipeline
 
 
@@ -37,7 +37,7 @@ def main() -> None:
         for pipeline in pipelines.values():
             pipeline.set_progress_bar_config(disable=True)
         models = {dtype: minisd.StableDiffusion.load(folder, dtype=dtype) for dtype in DTYPES}
-        show(measure(pipelines, models))
+        show(measure(pipelines, models) + measure_engines(folder, other_engines()))
 
 
 def make_twin(scratch: Path) -> Path:
@@ -54,9 +54,10 @@ def show(entries: list[Entry]) -> None:
     for entry in entries:
         dtype = str(entry.dtype).removeprefix("torch.")
         difference = "0 (torch.equal)" if entry.difference == 0 else f"{entry.difference:.1e}"
-        error = "-" if entry.dtype == torch.float32 else f"{entry.error:.2e}"
+        error = "-" if entry.exact and entry.dtype == torch.float32 else f"{entry.error:.2e}"
+        module = entry.module if entry.engine == "exact" else f"{entry.module}, engine {entry.engine}"
         allowed = "torch.equal" if entry.exact else f"{entry.allowed:.2e}"
-        print(f"| {entry.module} | {dtype} | {difference} | {error} | {allowed} |")
+        print(f"| {module} | {dtype} | {difference} | {error} | {allowed} |")
     versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}, transformers {transformers.__version__}"
     print(f"\nMeasured with {versions} on a CPU ({platform.machine()}).")
 

@@ -1,6 +1,7 @@
 """A picture command at work: its options -> a model and a `Sampling`; the steps -> files and what is said of them."""
 
 import math
+import os
 import secrets
 import sys
 import time
@@ -15,14 +16,16 @@ from click.core import ParameterSource
 from PIL import Image
 from tqdm import tqdm
 
-from minisd.cli.options import path_and_number, path_and_token
-from minisd.cli.output import Paths, check_folder, make_grid, parameters, plan_paths, report, write_png
+from minisd.checkpoint.hub import sha256
+from minisd.cli.options import NOT_KEPT, path_and_number, path_and_token
+from minisd.cli.output import Paths, check_folder, make_grid, plan_paths, report, write_png
 from minisd.cli.words import tell_unknown
 from minisd.files import shown
+from minisd.metadata.writing import parameters, provenance
 from minisd.pipeline import StableDiffusion, to_pictures
 from minisd.sampling import Sampling, Step, tell_seed
 from minisd.schedulers import DDIMScheduler, named
-from minisd.tasks.images import finished, fitting_size
+from minisd.tasks.images import finished, near_size
 from minisd.warn import warn
 
 SomeStep = TypeVar("SomeStep", bound=Step)
@@ -105,6 +108,21 @@ class Job:
         kept = {"scheduler": self.options.get("scheduler", "ddim"), "model": self.options["model"]}
         return {**own, **settings, "guidance": self.sampling.guidance_scale, **kept}
 
+    def record(self) -> dict[str, Any]:
+        """The command with every setting settled: what `minisd replay` runs, and the sha256 of the files it reads."""
+        context = click.get_current_context()
+        given = {name: value for name, value in context.params.items() if name not in NOT_KEPT}
+        texts = [text for value in given.values() for text in (value if isinstance(value, tuple | list) else [value])]
+        paths = {path_and_number(text)[0] for text in texts if isinstance(text, str)}
+        files = {path: sha256(Path(path)) for path in sorted(paths) if os.path.isfile(path)}
+        settled: dict[str, Any] = {"seed": self.seed} if "seed" in self.options else {}
+        settled |= {
+            "steps": self.steps,
+            "guidance_scale": self.sampling.guidance_scale,
+            "size": f"{self.size[1]}x{self.size[0]}",
+        }
+        return {"call": context.info_name, "options": given | settled, "files": files, **provenance(self.sd)}
+
     def progress(self, steps: Iterable[SomeStep], total: int | None = None) -> Iterator[SomeStep]:
         """The same steps, under a progress bar."""
         hidden = True if self.options["quiet"] else None
@@ -149,35 +167,18 @@ class Job:
 
         `last`: a file that is written already, to be named last; `found`: what else JSON should tell.
         """
-        told, paths = self.told(), self.paths
+        told, paths, record = self.told(), self.paths, self.record()
         if "seed" in self.options and self.options["seed"] is None:
             print(f"seed {self.seed}", file=sys.stderr)  # nobody gave one
         for offset, (path, picture) in enumerate(zip(paths.images, pictures, strict=True)):
-            write_png(path, picture, parameters(told, self.extra, self.seed + offset))
+            write_png(path, picture, parameters(told, self.extra, self.seed + offset), {**record, "index": offset})
         if paths.grid:
-            write_png(paths.grid, together(pictures), parameters(told, self.extra, self.seed))
+            text = parameters(told, self.extra, self.seed)
+            write_png(paths.grid, together(pictures), text, {**record, "index": "grid"})
         files = {"images": [str(path) for path in paths.images], "grid": str(paths.grid) if paths.grid else None}
         written = [*paths.images, *([paths.grid] if paths.grid else []), *([last] if last else [])]
         seconds = {"seconds": round(time.perf_counter() - self.started, 2)}
         report(written, files | told | self.extra | found | seconds, self.options["as_json"])
-
-
-def near_size(sd: StableDiffusion, picture: Image.Image) -> tuple[int, int]:
-    """Height and width for a picture: its own, or, twice the model's own and more or half of it and less, the model's.
-
-    A UNet generates well near the size that it was trained at only, and the time grows with the fourth power.
-    """
-    own, (width, height) = sd.unet.config.sample_size * sd.vae.config.downsampling, picture.size
-    share = own / math.sqrt(width * height)
-    if 0.5 < share < 2:
-        return fitting_size(sd, picture)
-    factor = sd.vae.config.downsampling
-    height, width = (max(factor, round(side * share / factor) * factor) for side in (height, width))
-    warn(
-        f"the picture has {picture.width}x{picture.height} pixels, the model was made for {own}x{own}: "
-        f"it is brought to {width}x{height} (--size {picture.width}x{picture.height} keeps it)"
-    )
-    return height, width
 
 
 def tell_size(sd: StableDiffusion, size: tuple[int, int] | None) -> None:

@@ -34,6 +34,15 @@ OPTIONS: dict[str, Any] = {
     ),
     "picture-output": click.option("-o", "--output", metavar="FILE.png", help="Draw it there. [default: as text]"),
     "gif": click.option("-o", "--output", metavar="FILE.gif", help="[default: named after prompt and seed]"),
+    "page": click.option("-o", "--output", metavar="FILE.html", help="Where to write. [default: named after prompt]"),
+    "versus": click.option(
+        "--versus", multiple=True, metavar="NAME=VALUE", help="Compare with a run of another seed, prompt, model, ..."
+    ),
+    "x": click.option("--x", metavar="NAME=V,V", help="What varies from column to column."),
+    "y": click.option("--y", metavar="NAME=V,V", help="What varies from row to row."),
+    "what-if": click.option(
+        "--what-if/--no-what-if", default=True, help="Also without each word, without each block.  [default: yes]"
+    ),
     "model": click.option(
         "-m", "--model", default="emoji", show_default=True, help="emoji, sd15, a folder, a file, or a hub id."
     ),
@@ -135,11 +144,28 @@ OPTIONS: dict[str, Any] = {
         "--long-prompts", is_flag=True, help="Read prompts of more than 75 tokens whole, in windows of 75."
     ),
     "plain": click.option("--plain", is_flag=True, help="Plain DDIM inversion: one UNet call a step, not exact."),
+    "cross": click.option(
+        "--cross",
+        type=click.FloatRange(0, 1),
+        default=0.8,
+        show_default=True,
+        help="Share of steps with the old maps.",
+    ),
+    "self-attention": click.option(
+        "--self",
+        "self_attention",
+        type=click.FloatRange(0, 1),
+        default=0.4,
+        show_default=True,
+        help="In self-attention.",
+    ),
+    "reweight": click.option("--reweight", multiple=True, metavar="WORD:WEIGHT", help="Attend to a word so much more."),
     "check": click.option("--check", is_flag=True, help="Say where the first NaN is, and how large values get."),
     "start": click.option(
         "--start", type=click.IntRange(0), help="Invert to this step, 0 is noise. [default: a tenth of the steps]"
     ),
 }
+NOT_KEPT = ("output", "quiet", "as_json", "steps_dir", "check")  # what changes no picture, and none remembers
 # What the same options are called by other programs; `--help` has one name.
 ALIASES = {
     "--negative-prompt": "--negative",

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
-import minisd
 from minisd.files import write_whole
+from minisd.metadata.writing import signed
 
 
 @dataclass
@@ -33,8 +33,7 @@ class Paths:
 def plan_paths(output: str | None, prompt: str, seed: int, images: int) -> Paths:
     """Choose the file names, and make sure now that they can be written."""
     if output is None:
-        words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-")
-        output = f"{words or 'picture'}-{seed}.png"
+        output = f"{name_of(prompt)}-{seed}.png"
     path = png_path(output)
     digits = len(str(images))
     singles = [path.with_name(f"{path.stem}-{number:0{digits}}.png") for number in range(1, images + 1)]
@@ -42,6 +41,11 @@ def plan_paths(output: str | None, prompt: str, seed: int, images: int) -> Paths
     for taken in [path, *paths.images]:
         check_no_folder(taken)
     return paths
+
+
+def name_of(prompt: str) -> str:
+    """A file's name after a prompt."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-") or "picture"
 
 
 def png_path(output: str) -> Path:
@@ -72,38 +76,6 @@ def check_folder(path: Path) -> None:
         raise ValueError(f"{folder}: cannot be written to ({error.strerror})") from None
 
 
-# What other programs call the settings in a PNG's `parameters` text.
-LABELS = {
-    "steps": "Steps",
-    "scheduler": "Sampler",
-    "guidance": "CFG scale",
-    "guidance_rescale": "CFG rescale",
-    "eta": "Eta",
-    "clip_skip": "Clip skip",
-    "seed": "Seed",
-}
-
-
-def parameters(told: Mapping[str, Any], extra: Mapping[str, Any], seed: int) -> str:
-    """The `parameters` text that other programs read out of a PNG. `extra`: what a task adds to the settings `told`."""
-    values = {**told, "seed": seed, "scheduler": told["scheduler"].upper()}
-    if told["clip_skip"]:
-        values["clip_skip"] = told["clip_skip"] + 1  # others count the layers from 1
-    left_out = [name for name in ("guidance_rescale", "eta", "clip_skip") if not told[name]]
-    parts = {label: values[name] for name, label in LABELS.items() if name not in left_out}
-    parts["Size"] = f"{told['width']}x{told['height']}"
-    parts |= {name.replace("_", " ").capitalize(): quoted(str(value)) for name, value in extra.items()}
-    parts |= {"Model": quoted(told["model"]), "Version": f"minisd {minisd.__version__}"}
-    said = ((name, f"{value:g}" if isinstance(value, float) else value) for name, value in parts.items())
-    lines = [told["prompt"], *([f"Negative prompt: {told['negative']}"] if told["negative"] else [])]
-    return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in said)])
-
-
-def quoted(text: str) -> str:
-    """`text` as others write it among parameters: as JSON if it has their separators, or surrogates."""
-    return text if re.fullmatch(r"[^,:\n\ud800-\udfff]*", text) else json.dumps(text)
-
-
 def make_grid(pictures: list[Image.Image]) -> Image.Image:
     """Pictures of one size -> one picture, in rows that are about as many as the columns."""
     columns = math.ceil(math.sqrt(len(pictures)))
@@ -115,11 +87,9 @@ def make_grid(pictures: list[Image.Image]) -> Image.Image:
     return grid
 
 
-def write_png(path: Path, picture: Image.Image, parameters: str) -> None:
-    """Write a PNG with its settings."""
-    text = PngImagePlugin.PngInfo()
-    text.add_itxt("parameters", parameters) if not parameters.isascii() else text.add_text("parameters", parameters)
-    write_picture(path, picture, format="PNG", pnginfo=text)
+def write_png(path: Path, picture: Image.Image, parameters: str, record: Mapping[str, Any] | None = None) -> None:
+    """Write a PNG with its settings, and the record of what makes it again."""
+    write_picture(path, signed(picture, parameters, record), format="PNG")
 
 
 def write_picture(path: Path, picture: Image.Image, **how: Any) -> None:

@@ -87,8 +87,9 @@ def invert(prompt: str, image: str, plain: bool, **options: Any) -> None:
     """Find the noise that generates PICTURE under PROMPT; write it, and the picture that comes back from it."""
     from safetensors.torch import save
 
-    from minisd.cli.output import check_no_folder, parameters
+    from minisd.cli.output import check_no_folder
     from minisd.files import write_whole
+    from minisd.metadata.writing import parameters
     from minisd.pipeline import to_pictures
     from minisd.tasks.inversion import invert, round_trip
 
@@ -122,13 +123,52 @@ def edit(prompt: str, new_prompt: str, image: str, start: int | None, plain: boo
     from minisd.tasks.inversion import edit
 
     way = "plain" if plain else "exact"
-    if options["guidance_scale"] is None:  # what is enough for new pictures pulls a real one apart
-        options["guidance_scale"] = 2.0
+    options["guidance_scale"] = guidance_of_edits(options)
     job, _, latents = prepare_inversion(prompt, image, options, new_prompt=new_prompt, way=way)
     # After a tenth of the steps colours are still open, and shapes hardly any longer.
     start = job.extra["start"] = job.steps // 10 if start is None else start
     denoise = partial(edit, job.sd, prompt, new_prompt, latents, start=start, exact=not plain)
     job.write(job.run(denoise, job.steps - start))
+
+
+@click.command(cls=PictureCommand)
+@click.argument("prompt")
+@click.argument("new_prompt")
+@click.argument("image", metavar="[PICTURE]", required=False)
+@options("seed", "cross", "self-attention", "reweight", *INVERSION)
+def p2p(
+    prompt: str,
+    new_prompt: str,
+    image: str | None,
+    cross: float,
+    self_attention: float,
+    reweight: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Generate NEW_PROMPT with the attention of PROMPT, so that the layout stays (prompt-to-prompt).
+
+    Or change PICTURE so, which shows PROMPT: it is inverted exactly first, and guidance is 2 then.
+    """
+    from minisd.cli.job import Job
+    from minisd.tasks.images import psnr
+    from minisd.tasks.prompt_to_prompt import prompt_to_prompt
+
+    extra: dict[str, Any] = {"new_prompt": new_prompt, "cross": cross, "self_attention": self_attention}
+    extra |= {"reweight": ", ".join(reweight)} if reweight else {}
+    if image is None:
+        job, latents = Job.prepare(prompt, options, **extra), None
+    else:
+        options |= {"seed": 0, "guidance_scale": guidance_of_edits(options)}
+        job, _, latents = prepare_inversion(prompt, image, options, **extra)
+    control: dict[str, Any] = {"cross": cross, "self_attention": self_attention}
+    control["weights"] = dict(map(text_and_number, reweight))
+    old, new = job.run(partial(prompt_to_prompt, job.sd, prompt, new_prompt, latents=latents, **control))
+    job.write([new], psnr=psnr(old, new) if old != new else None)
+
+
+def guidance_of_edits(options: dict[str, Any]) -> float:
+    """What is enough for new pictures pulls a real one apart."""
+    return 2.0 if options["guidance_scale"] is None else options["guidance_scale"]
 
 
 def prepare_inversion(
@@ -273,4 +313,4 @@ def guide(
     job.write(job.run(lambda **settings: sd.denoise(read(prompt), **{**settings, **given})))
 
 
-COMMANDS = (generate, img2img, inpaint, invert, edit, schedule, interpolate, guide)
+COMMANDS = (generate, img2img, inpaint, invert, edit, p2p, schedule, interpolate, guide)

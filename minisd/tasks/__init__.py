@@ -11,6 +11,7 @@ from minisd.tasks.inpainting import inpaint
 from minisd.tasks.interpolation import interpolate, slerp
 from minisd.tasks.inversion import edit, invert, reconstruct, round_trip
 from minisd.tasks.pictures import read_mask, read_picture, to_images
+from minisd.tasks.prompt_to_prompt import prompt_to_prompt
 
 __all__ = [
     "LossGuidance",
@@ -24,6 +25,7 @@ __all__ = [
     "interpolate",
     "invert",
     "mean_latents",
+    "prompt_to_prompt",
     "psnr",
     "read_mask",
     "read_picture",

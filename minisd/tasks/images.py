@@ -14,7 +14,7 @@ from torch import Tensor
 from minisd.noise import Generators
 from minisd.pipeline import StableDiffusion, to_pictures
 from minisd.sampling import Step
-from minisd.warn import check_finite
+from minisd.warn import check_finite, warn
 
 
 def fitting_size(
@@ -26,6 +26,24 @@ def fitting_size(
     if not height or not width:
         raise ValueError(f"image: {picture.width}x{picture.height} pixels are too few; give height and width")
     sd.latent_shape(height, width)
+    return height, width
+
+
+def near_size(sd: StableDiffusion, picture: Image.Image) -> tuple[int, int]:
+    """Height and width for a picture: its own, or, twice the model's own and more or half of it and less, the model's.
+
+    A UNet generates well near the size that it was trained at only, and the time grows with the fourth power.
+    """
+    own, (width, height) = sd.unet.config.sample_size * sd.vae.config.downsampling, picture.size
+    share = own / math.sqrt(width * height)
+    if 0.5 < share < 2:
+        return fitting_size(sd, picture)
+    factor = sd.vae.config.downsampling
+    height, width = (max(factor, round(side * share / factor) * factor) for side in (height, width))
+    warn(
+        f"the picture has {picture.width}x{picture.height} pixels, the model was made for {own}x{own}: "
+        f"it is brought to {width}x{height} (--size {picture.width}x{picture.height} keeps it)"
+    )
     return height, width
 
 

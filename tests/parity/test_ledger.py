@@ -6,7 +6,7 @@ from torch import Tensor
 
 import minisd
 from minisd import unet
-from tests.parity.ledger import DTYPES, measure
+from tests.parity.ledger import DTYPES, measure, measure_engines, other_engines
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +23,13 @@ def test_ledger(sides):
     assert len(entries) == 15
     assert [entry for entry in entries if not entry.holds] == []
     assert all(entry.difference == 0 for entry in entries if entry.dtype != torch.bfloat16)
+
+
+def test_ledger_of_engines(twin, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    entries = measure_engines(twin[1], other_engines())
+    assert len(entries) == 2 * len(other_engines())
+    assert [entry for entry in entries if not entry.holds] == []
 
 
 # The layout of convolutions is what bfloat16 alone does: mistakes there, from plain to subtle.

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import minisd
 import minisd.cli
 import minisd.cli.output
+from minisd.metadata.writing import quoted
 from minisd.pipeline import StableDiffusion
 from tests.command import Result
 from tests.unit.tiny import compvis_tensors, tiny_model
@@ -106,6 +107,15 @@ def parameters(path: Path) -> str:
 # ------------------------------------------------ pictures
 
 
+@pytest.mark.parametrize(("given", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(minisd_, monkeypatch, given, expected):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    minisd_("--version", model=None, steps=None)
+    assert os.environ["OMP_WAIT_POLICY"] == expected
+
+
 def test_a_picture(minisd_):
     result = minisd_("generate", "red heart", "--seed", "7")
     assert result.written == Path("red-heart-7.png") and result.stdout == "red-heart-7.png\n"
@@ -184,9 +194,9 @@ def test_prompts_of_all_kinds(minisd_, prompt):
 
 
 def test_a_model_name_with_separators_is_quoted():
-    assert minisd.cli.output.quoted("models/v1.5 (final)") == "models/v1.5 (final)"
+    assert quoted("models/v1.5 (final)") == "models/v1.5 (final)"
     for name in ("a, b", "C:\\models", "two\nlines", "a\udcff"):
-        assert json.loads(minisd.cli.output.quoted(name)) == name and minisd.cli.output.quoted(name).isascii()
+        assert json.loads(quoted(name)) == name and quoted(name).isascii()
 
 
 def test_recommended_settings(minisd_):

@@ -83,13 +83,14 @@ def test_the_parser_sees_what_is_there():
 FLOORS = (
     ("minisd", "minisd.files", "minisd.checks", "minisd.config", "minisd.noise"),
     ("minisd.layers", "minisd.tiling", "minisd.schedulers", "minisd.tokenizer", "minisd.checkpoint.keymap"),
-    ("minisd.unet", "minisd.vae", "minisd.text_encoder", "minisd.sampling", "minisd.context"),
+    ("minisd.unet", "minisd.vae", "minisd.text_encoder", "minisd.sampling", "minisd.context", "minisd.metadata"),
     ("minisd.checkpoint",),
     ("minisd.pixel", "minisd.tiny_vae"),
     (
         "minisd.adapters",
         "minisd.lab.hooks",
         "minisd.lab.names",
+        "minisd.lab.page",
         "minisd.lab.sources",
         "minisd.lab.taps",
         "minisd.backends",
@@ -97,6 +98,8 @@ FLOORS = (
     ("minisd.model", "minisd.pipeline", "minisd.pixel.pipeline"),
     ("minisd.tasks",),
     ("minisd.diffusers", "minisd.lab"),
+    ("minisd.explain",),
+    ("minisd.studio",),
     ("minisd.cli", "minisd.__main__"),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

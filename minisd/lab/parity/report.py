@@ -4,18 +4,15 @@ In: a `Verdict`, and what an `Evidence` saw. Out: text. The page itself is `repo
 drawings (inline SVG, and images as data URLs) and the numbers as text.
 """
 
-import base64
-import io
 import math
 import re
 from collections.abc import Iterable, Sequence
-from importlib import resources
 from typing import Any
 
-import jinja2
 from PIL import Image
 from torch import Tensor
 
+from minisd.lab.page import as_data, environment
 from minisd.lab.parity.evidence import Evidence, Sight
 from minisd.lab.parity.verdict import DIFFERENT, PRECISION, SAME, UNKNOWN, ModulePair, Rung, Verdict
 from minisd.pipeline import to_pictures
@@ -27,11 +24,9 @@ MARGIN = (52, 10, 10, 120)  # of the chart: left, top, right, bottom
 
 def report(verdict: Verdict, evidence: Evidence) -> str:
     """The whole page."""
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.undefined = jinja2.StrictUndefined
-    environment.filters |= {"number": number, "slug": slug, "word": word, "shade": shade}
-    source = resources.files("minisd.lab.parity").joinpath("report.html").read_text(encoding="utf-8")
-    page = environment.from_string(source).render(
+    page = environment()
+    page.filters |= {"number": number, "slug": slug, "word": word, "shade": shade}
+    text = page.get_template("lab/parity/report.html").render(
         verdict=verdict,
         tone=tone(verdict.word),
         narrow=any(is_narrow(rung) for rung in verdict.rungs),
@@ -40,7 +35,7 @@ def report(verdict: Verdict, evidence: Evidence) -> str:
         matrix=matrix(verdict),
         pictures=pictures(evidence.pictures) if evidence.pictures else None,
     )
-    return re.sub("</t[dhr]>", "", page)  # HTML does without the ends of cells and rows, of which there are 15,000
+    return re.sub("</t[dhr]>", "", text)  # HTML does without the ends of cells and rows, of which there are 15,000
 
 
 def tone(status: str) -> str:
@@ -124,13 +119,6 @@ def heat_map(rows: list[list[float]]) -> str:
     spread = (top - bottom) or 1.0
     levels = bytes(round(255 * min(1.0, max(0.0, (value - bottom) / spread))) for row in logs for value in row)
     return as_data(Image.frombytes("L", (len(rows[0]), len(rows)), levels))
-
-
-def as_data(picture: Image.Image) -> str:
-    """A PIL image as a data URL."""
-    file = io.BytesIO()
-    picture.save(file, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 # ---- all together ----------------------------------------------------------------------------------------
