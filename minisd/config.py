@@ -33,7 +33,7 @@ class TextEncoderConfig:
 class UNetConfig:
     """The denoiser (Rombach et al. 2022, arXiv:2112.10752). Tuples go from the highest resolution to the lowest."""
 
-    sample_size: int  # default height and width of the latents: a pixel size of 8 times that
+    sample_size: int | tuple[int, int]  # default height and width of the latents, one number where both are equal
     in_channels: int  # 4 latent channels; 9 in inpainting models (latents, mask, masked image)
     out_channels: int
     widths: tuple[int, ...]  # channels at each resolution
@@ -52,6 +52,11 @@ class UNetConfig:
     def heads_at(self, level: int) -> int:
         """The number of attention heads at a resolution."""
         return self.heads if isinstance(self.heads, int) else self.heads[level]
+
+    @property
+    def own_size(self) -> tuple[int, int]:
+        """Default height and width of the latents: a pixel size of 8 times that."""
+        return (self.sample_size, self.sample_size) if isinstance(self.sample_size, int) else self.sample_size
 
     @property
     def time_width(self) -> int:

@@ -152,8 +152,8 @@ class StableDiffusion(LatentDiffusionModel):
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         """Pixels -> (C, H/8, W/8); the size the UNet was trained at by default. ValueError for one the VAE lacks."""
         factor = self.vae.config.downsampling
-        default = self.unet.config.sample_size * factor
-        height, width = (default if size is None else size for size in (height, width))
+        own_height, own_width = (side * factor for side in self.unet.config.own_size)
+        height, width = (own_height if height is None else height, own_width if width is None else width)
         for name, size in (("height", height), ("width", width)):
             if not isinstance(size, int) or size <= 0 or size % factor:
                 raise ValueError(f"{name}={size}: must be a positive multiple of {factor}")

@@ -140,7 +140,7 @@ def show_kinds(folder: Path, rounds: int, plot: str | None) -> None:
 
 def inputs_of(unet: UNet, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What guidance calls it with: latents of the default size, batch 2; a timestep; context."""
-    size, width = unet.config.sample_size, unet.config.context_width
+    size, width = unet.config.own_size[0], unet.config.context_width
     return torch.randn(2, 4, size, size, dtype=dtype), torch.tensor(500), torch.randn(2, 77, width, dtype=dtype)
 
 

@@ -112,7 +112,7 @@ def inpaint_figure(sd: StableDiffusion) -> Image.Image:
 
 def inversion(sd: StableDiffusion) -> Image.Image:
     """A picture that the model never saw, up to noise and down again under strong guidance; then with other words."""
-    size = sd.unet.config.sample_size * sd.vae.config.downsampling
+    size = sd.vae.config.sample_size
     figures = (
         Figure(character="🍎", height=0.6, x=0.32, y=0.36),
         Figure(character="⭐", height=0.42, x=0.72, y=0.68),

@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("emoji", "photographs"))
     args = parser.parse_args()
     sd = StableDiffusion.load(args.model)
-    size = sd.unet.config.sample_size * sd.vae.config.downsampling
+    size = sd.vae.config.sample_size
     pictures = {} if args.only == "photographs" else compositions(size)
     pictures |= {} if args.only == "emoji" else photographs(size)
 

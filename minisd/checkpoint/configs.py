@@ -163,7 +163,7 @@ Config = TypeVar("Config")
 def build(kind: Callable[..., Config], arguments: dict[str, Any], where: str) -> Config:
     """Make the dataclass, with every number in a possible range."""
     for name, value in arguments.items():
-        if isinstance(value, list) and name in ("widths", "attention", "heads"):
+        if isinstance(value, list) and name in ("widths", "attention", "heads", "sample_size"):
             arguments[name] = value = tuple(value[: MAX_LEVELS + 1])
             if len(value) > MAX_LEVELS:
                 raise CheckpointError(f"{where}: {name} has more than {MAX_LEVELS} levels")
@@ -207,21 +207,21 @@ def check_divides(where: str, arguments: dict[str, Any], name: str) -> None:
     attends = (*arguments.get("attention", ())[:-1], True) if name == "heads" else (True,) * len(widths)
     value = arguments[name]
     numbers = value if isinstance(value, tuple) else (value,) * len(widths)
-    if len(numbers) != len(widths):
-        raise CheckpointError(f"{where}: {name}={shown(value)} for {len(widths)} levels")
     for width, number, needed in zip(widths, numbers, attends, strict=True):
         if needed and width % number:
             raise CheckpointError(f"{where}: {name}={number} does not divide the width {width}")
 
 
 def read_unet(config: Mapping[str, Any], where: str, notes: list[str]) -> UNetConfig:
-    """unet/config.json -> UNetConfig. A list of equal `layers_per_block` or head counts counts as one number."""
+    """unet/config.json -> UNetConfig. A list of equal numbers counts as one."""
     arguments = read_fields(UNET, config, where, notes)
+    widths = arguments["widths"]
+    lengths = {"heads": len(widths) if isinstance(widths, list) else 0, "sample_size": 2}  # of lists that may differ
     for name in ("heads", "resnets_per_level", "context_width", "sample_size"):
         value = arguments[name]
         if isinstance(value, list) and value and all(item == value[0] for item in value):
             arguments[name] = value[0]
-        elif isinstance(value, list) and (name != "heads" or not value):
+        elif isinstance(value, list) and len(value) != lengths.get(name):
             raise CheckpointError(
                 f"{where}: {name} differs between levels ({shown(value)}), which minisd does not support"
             )

@@ -21,7 +21,7 @@ from minisd.checkpoint import configs, tokenizer_files
 from minisd.checkpoint.header import fused_name
 from minisd.checkpoint.hub import GENERATION_CONFIG, STEMS, single_name
 from minisd.checkpoint.keymap import COMPONENTS, COMPVIS_PREFIX, model_keys
-from minisd.config import END, START, ModelConfig
+from minisd.config import END, START, ModelConfig, UNetConfig
 from minisd.tokenizer import CLIPTokenizer, usual_padding
 
 DIFFUSERS_VERSION = {"_diffusers_version": "0.35.0"}  # whose model_index.json is written
@@ -205,30 +205,25 @@ def settings_as_metadata(
     return metadata
 
 
-ARCHITECTURE = "stable-diffusion-v1"
-
-
-def modelspec(title: str, prediction: str, size: int, kind: str = "") -> dict[str, str]:
+def modelspec(title: str, prediction: str, unet: UNetConfig, downsampling: int, kind: str = "") -> dict[str, str]:
     """The metadata by which other programs recognise a model (https://github.com/Stability-AI/ModelSpec).
 
-    `prediction`: diffusers' prediction_type; `size`: the resolution in pixels; `kind`: "/lora" for a LoRA. There is no
+    `prediction`: diffusers' prediction_type; `downsampling`: pixels a latent; `kind`: "/lora" for a LoRA. There is no
     date: the same model written twice is the same file.
     """
+    v2 = f"v2-{'768-v' if prediction == 'v_prediction' else '512'}"
+    height, width = (side * downsampling for side in unet.own_size)
     return {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": ARCHITECTURE + kind,
+        "modelspec.architecture": f"stable-diffusion-{v2 if unet.linear_projections else 'v1'}{kind}",
         "modelspec.implementation": "https://github.com/CompVis/ldm",
         "modelspec.title": title,
         "modelspec.prediction_type": "v" if prediction == "v_prediction" else prediction,
-        "modelspec.resolution": f"{size}x{size}",
+        "modelspec.resolution": f"{width}x{height}",
     }
 
 
 def modelspec_of(config: ModelConfig, title: str) -> dict[str, str]:
     """`modelspec` of a whole model."""
-    size = config.unet.sample_size * config.vae.downsampling
     prediction = str(config.scheduler.get("prediction_type", "epsilon"))
-    spec = modelspec(title, prediction, size)
-    if config.unet.linear_projections:
-        spec["modelspec.architecture"] = f"stable-diffusion-v2-{'768-v' if prediction == 'v_prediction' else '512'}"
-    return spec
+    return modelspec(title, prediction, config.unet, config.vae.downsampling)

@@ -183,9 +183,11 @@ class Job:
 
 def tell_size(sd: StableDiffusion, size: tuple[int, int] | None) -> None:
     """Warn of a size, width and height, that the model was not made for."""
-    own = sd.unet.config.sample_size * sd.vae.config.downsampling
-    if size and not 0.5 < own / math.sqrt(max(1, size[0] * size[1])) < 2:
-        warn(f"--size {size[0]}x{size[1]}: the model was made for {own}x{own}; far from it, images lose their form")
+    height, width = (side * sd.vae.config.downsampling for side in sd.unet.config.own_size)
+    if size and not 0.5 < math.sqrt(width * height / max(1, size[0] * size[1])) < 2:
+        warn(
+            f"--size {size[0]}x{size[1]}: the model was made for {width}x{height}; far from it, images lose their form"
+        )
 
 
 def tell_scheduler(sd: StableDiffusion, scheduler: str | None) -> None:

@@ -73,7 +73,8 @@ class Generation:
 
     def attention_steps(self) -> list[int]:
         """The steps whose attention is kept: all of them, if there is room."""
-        heads, layers = self.sd.unet.config.heads, len(cross_attention(self.sd))
+        config, layers = self.sd.unet.config, len(cross_attention(self.sd))
+        heads = max(config.heads_at(level) for level in range(len(config.widths)))
         positions = 0.4 * layers * ATTENTION_SIDE**2  # deeper layers have fewer
         most = int(ATTENTION_BYTES / (heads * len(self.pieces) * positions))
         return spread(self.count, max(2, most))

@@ -470,13 +470,12 @@ def catalogue(config: ModelConfig) -> list[Row]:
         model = SimpleNamespace(
             text_encoder=TextEncoder(config.text_encoder), unet=UNet(config.unet), vae=VAE(config.vae)
         )
-        size, channels = config.unet.sample_size, config.vae.latent_channels
-        pixels = size * config.vae.downsampling
-        latents = torch.empty(1, channels, size, size)
+        size, factor = config.unet.own_size, config.vae.downsampling
+        latents = torch.empty(1, config.vae.latent_channels, *size)
         with Taps(model, stats=False) as taps:
             context = model.text_encoder(torch.zeros(2, config.text_encoder.context_length, dtype=torch.long))
-            model.unet(torch.empty(2, config.unet.in_channels, size, size), torch.tensor(0), context)
-            model.vae.encode(torch.empty(1, config.vae.image_channels, pixels, pixels))
+            model.unet(torch.empty(2, config.unet.in_channels, *size), torch.tensor(0), context)
+            model.vae.encode(torch.empty(1, config.vae.image_channels, factor * size[0], factor * size[1]))
             model.vae.decode(latents)
     shapes = {reading.name: reading.shape for reading in taps.readings}
     shapes |= dict.fromkeys(LOOP, tuple(latents.shape))

@@ -34,14 +34,15 @@ def near_size(sd: StableDiffusion, picture: Image.Image) -> tuple[int, int]:
 
     A UNet generates well near the size that it was trained at only, and the time grows with the fourth power.
     """
-    own, (width, height) = sd.unet.config.sample_size * sd.vae.config.downsampling, picture.size
-    share = own / math.sqrt(width * height)
+    width, height = picture.size
+    own_height, own_width = (side * sd.vae.config.downsampling for side in sd.unet.config.own_size)
+    share = math.sqrt(own_width * own_height / (width * height))
     if 0.5 < share < 2:
         return fitting_size(sd, picture)
     factor = sd.vae.config.downsampling
     height, width = (max(factor, round(side * share / factor) * factor) for side in (height, width))
     warn(
-        f"the picture has {picture.width}x{picture.height} pixels, the model was made for {own}x{own}: "
+        f"the picture has {picture.width}x{picture.height} pixels, the model was made for {own_width}x{own_height}: "
         f"it is brought to {width}x{height} (--size {picture.width}x{picture.height} keeps it)"
     )
     return height, width

@@ -187,3 +187,20 @@ def test_the_models_own_scheduler(ours):
     scheduler = minisd.PNDMScheduler.from_config(own.scheduler_config)
     assert same(found, own.text_to_image("a cat", scheduler=scheduler, **settings))
     assert not same(found, own.text_to_image("a cat", **settings))
+
+
+def test_a_default_size_that_is_not_square(twin, tmp_path):
+    """`sample_size=[8, 12]` in a folder is height and width, here, in the dialect and when it is saved again."""
+    from minisd.diffusers import StableDiffusionPipeline as Dialect
+
+    folder = shutil.copytree(twin[1], tmp_path / "model")
+    config = json.loads((folder / "unet" / "config.json").read_text()) | {"sample_size": [8, 12]}
+    (folder / "unet" / "config.json").write_text(json.dumps(config))
+    reference = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    theirs = reference("a cat", num_inference_steps=3, generator=seeded()).images
+    assert theirs[0].size == (96, 64)
+    sd = minisd.StableDiffusion.load(folder)
+    assert same(sd.text_to_image("a cat", steps=3, seed=7), theirs)
+    assert same(Dialect.from_pretrained(folder)("a cat", num_inference_steps=3, generator=seeded()).images, theirs)
+    sd.save(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "unet" / "config.json").read_text())["sample_size"] == [8, 12]

@@ -438,7 +438,7 @@ def edit_json(path, **changes):
         ("unet/config.json", {"norm_eps": "small"}, "norm_eps"),
         ("unet/config.json", {"block_out_channels": [32, 32]}, "disagree"),
         ("unet/config.json", {"attention_head_dim": [5, 10, 20, 20]}, "does not divide"),
-        ("unet/config.json", {"attention_head_dim": [1, 2]}, "for 4 levels"),
+        ("unet/config.json", {"attention_head_dim": [1, 2]}, "heads differs between levels"),
         ("unet/config.json", {"norm_num_groups": 7}, "does not divide"),
         ("unet/config.json", {"cross_attention_dim": 32}, "of another shape"),
         ("unet/config.json", {"down_block_types": ["AttnDownBlock2D"] * 4}, "AttnDownBlock2D"),

@@ -82,7 +82,7 @@ def case_for(side: PipelineSide, case: Case | Mapping[str, Any] | None) -> Case:
     """The case that was given, or one of a size that fits the model."""
     if isinstance(case, Case):
         return case
-    return Case.fitting(side.config.unet.sample_size, side.factor, **(case or {}))
+    return Case.fitting(min(side.config.unet.own_size), side.factor, **(case or {}))
 
 
 def command_for(a: Side, b: Side, verdict: Verdict) -> str:

@@ -176,11 +176,11 @@ def told(done: Extract, a: Source, b: Source, pairs: Mapping[str, tuple[Part, Pa
         side: {"name": Path(path).name, "sha256": sums(pair[index] for pair in pairs.values())}
         for index, (side, path) in enumerate((("a", a), ("b", b)))
     }
-    size = pairs["unet"][1].config.sample_size if "unet" in pairs else SD15.unet.sample_size
+    unet = pairs["unet"][1].config if "unet" in pairs else SD15.unet
     errors = {name: round(kept.error, 6) for name, kept in done.components.items()}
     facts = {"sources": sources, "rank": done.rank, "relative_error": errors}
     return {
-        **modelspec(done.path.stem, survey(b).schedule.prediction, size * SD15.vae.downsampling, "/lora"),
+        **modelspec(done.path.stem, survey(b).schedule.prediction, unet, SD15.vae.downsampling, "/lora"),
         "minisd.extract": json.dumps(facts),
         "ss_network_dim": str(done.rank),
         "ss_network_alpha": str(done.rank),
