@@ -2,7 +2,7 @@
 
 Results go to standard output, the path written last; progress and warnings to standard error. Bad input ends with one
 line and exit status 2. Only click is imported here: `minisd --help` does not wait for torch. The commands, one file a
-group: `pictures.py`, `classes.py`, `weights.py`, `words.py`, `lora.py`, `parity.py`.
+group: `pictures.py`, `classes.py`, `batch.py`, `weights.py`, `words.py`, `lora.py`, `parity.py`.
 """
 
 import difflib
@@ -13,7 +13,7 @@ import sys
 import click
 
 import minisd
-from minisd.cli import classes, lora, parity, pictures, weights, words
+from minisd.cli import batch, classes, lora, parity, pictures, weights, words
 from minisd.cli.notes import Notes
 
 
@@ -50,7 +50,7 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for group in (pictures, classes, weights, words, lora, parity):
+for group in (pictures, classes, batch, weights, words, lora, parity):
     for command in group.COMMANDS:
         cli.add_command(command)
 

@@ -95,7 +95,7 @@ FLOORS = (
         "minisd.backends",
     ),
     ("minisd.model", "minisd.pipeline", "minisd.pixel.pipeline"),
-    ("minisd.tasks",),
+    ("minisd.tasks", "minisd.batch"),
     ("minisd.diffusers", "minisd.lab"),
     ("minisd.cli", "minisd.__main__"),
 )
