@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from minisd.batch.classes import ClassModel
 from minisd.batch.plan import Item, Plan
 from minisd.batch.prompts import Row
 from minisd.batch.shards import Sample, done, write_shard
@@ -34,7 +35,7 @@ class Order:
     `described`: the settings that belong into `sample.json`, JSON values. `threads`: of each worker.
     """
 
-    load: Callable[[], StableDiffusion]
+    load: Callable[[], "StableDiffusion | ClassModel"]
     rows: list[Row]
     sampling: Sampling
     folder: Path
@@ -46,7 +47,7 @@ class Order:
     described: Mapping[str, Any]
 
     @cached_property
-    def sd(self) -> StableDiffusion:
+    def sd(self) -> "StableDiffusion | ClassModel":
         """The model, loaded once a process, on as many threads as the plan says."""
         torch.set_num_threads(self.threads)
         return self.load()
@@ -57,9 +58,12 @@ class Order:
         steps, scale = self.sampling.steps_and_scale(self.sd.generation)
         _, *size = self.sd.latent_shape(self.sampling.height, self.sampling.width)
         height, width = (side * self.sd.vae.config.downsampling for side in size)
-        for row in {(row.height, row.width, row.steps): row for row in self.rows}.values():
+        alike = {(row.height, row.width, row.steps, row.prompt): row for row in reversed(self.rows)}
+        for row in alike.values():
             try:
                 self.sd.latent_shape(row.height, row.width)
+                if isinstance(self.sd, ClassModel):
+                    self.sd.check_prompt(row.prompt)
                 if row.steps is not None:
                     self.sd.make_scheduler(self.sampling.scheduler, row.steps)
             except ValueError as error:
@@ -69,7 +73,7 @@ class Order:
         return Plan(self.rows, self.per_prompt, self.shard_size, self.batch, self.seed, settings)
 
 
-def fingerprint(sd: StableDiffusion) -> str:
+def fingerprint(sd: StableDiffusion | ClassModel) -> str:
     """A hash of the model: of every weight its name, shape, dtype and up to 1024 of its values, evenly spread."""
     digest = hashlib.sha256()
     for name, weight in sd.state().items():

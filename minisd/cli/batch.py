@@ -1,10 +1,12 @@
-"""The commands of `minisd.batch`: sample. Only click is imported here; what needs torch, when a command runs."""
+"""The commands of `minisd.batch`: sample, score. Only click is imported here; what needs torch, when a command runs."""
 
 import hashlib
 import itertools
 import json
 import os
+from contextlib import suppress
 from functools import lru_cache, partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,7 @@ import click
 from minisd.cli.options import MODEL, REPORT, RUN, PictureCommand, options
 
 if TYPE_CHECKING:
+    from minisd.batch.classes import ClassModel
     from minisd.batch.work import Order
     from minisd.pipeline import StableDiffusion
 
@@ -141,11 +144,16 @@ def file_hash(text: str) -> str:
 
 
 @lru_cache(maxsize=1)
-def load_model(told: str) -> "StableDiffusion":
+def load_model(told: str) -> "StableDiffusion | ClassModel":
     """The model with its adapters, once for all cells of a grid; also in a worker process of Ray. `told`: as JSON."""
-    from minisd.cli.job import load, load_adapters
+    from minisd.batch.classes import ClassModel, is_pixels
+    from minisd.cli.job import choose_device_and_dtype, load, load_adapters
+    from minisd.pixel.pipeline import PixelDiffusion
 
     options = json.loads(told)
+    if is_pixels(options["model"]):
+        device, dtype = choose_device_and_dtype(options)
+        return ClassModel(PixelDiffusion.load(options["model"], dtype=dtype, device=device))
     sd = load(options)
     load_adapters(sd, options["loras"], options["embeddings"])
     return sd
@@ -178,4 +186,52 @@ def tell(found: dict[str, Any], as_json: bool) -> None:
     return None
 
 
-COMMANDS = (sample,)
+@click.command(cls=PictureCommand)
+@click.argument("out")
+@options("reference", "features", "metric", "json")
+def score(out: str, reference: str | None, features: str | None, metrics: tuple[str, ...], as_json: bool) -> None:
+    """Measure the pictures that `minisd sample` made in OUT, or each cell of a grid, beside those of a reference.
+
+    The numbers go to OUT/scores.csv, .md, .json (with all that they depend on) and .png.
+    """
+    try:
+        from minisd.batch import score as scoring
+        from minisd.batch.features import NETWORKS
+
+        import_module("torchmetrics")
+    except ImportError:
+        raise ValueError("minisd score needs torchmetrics: pip install 'minisd[score]'") from None
+    folder, other = Path(out), Path(reference) if reference else None
+    if other is not None and not other.is_dir():
+        raise FileNotFoundError(f"{other}: no such folder")
+    chosen = metrics or (("fid", "kid") if other else ("clip",))
+    features = features or "inception"
+    fetched = [NETWORKS[features][1] and f"{features}, {NETWORKS[features][1]}"] if {"fid", "kid"} & set(chosen) else []
+    for what in filter(None, [*fetched, *(scoring.METRICS[name] for name in chosen)]):
+        click.echo(f"fetched at the first use: {what}", err=True)
+    rows = []
+    for cell in scoring.cells(folder):
+        rows.append({**varied(cell, folder), **scoring.score(cell, other, features, chosen)})
+    told = scoring.provenance(scoring.cells(folder)[0], other, features)
+    text = scoring.write_table(folder, rows, told)
+    axes = list(varied(scoring.cells(folder)[0], folder))
+    if axes:
+        scoring.plot(folder, rows, axes[0], chosen)
+    click.echo(json.dumps({"rows": rows, **told}) if as_json else text)
+
+
+def varied(cell: Path, folder: Path) -> dict[str, Any]:
+    """The settings that make a cell, from its name: "steps=10,eta=0.5" -> {"steps": 10, "eta": 0.5}."""
+    parts = cell.name.split(",") if cell != folder else []
+    return {name: number(value) for name, _, value in (part.partition("=") for part in parts)}
+
+
+def number(text: str) -> Any:
+    """The number that a text is, or the text."""
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
+
+
+COMMANDS = (sample, score)

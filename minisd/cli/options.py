@@ -166,6 +166,19 @@ OPTIONS: dict[str, Any] = {
     "grid": click.option(
         "--grid", multiple=True, metavar="NAME=V1,V2 ...", help="Every combination: --grid guidance=1,4 steps=10,30."
     ),
+    "reference": click.option("--reference", metavar="FOLDER", help="Of pictures, or made by minisd sample."),
+    "features": click.option(
+        "--features",
+        type=click.Choice(["inception", "emoji", "fashion"]),
+        help="The network that compares: the usual one (91 MB, fetched), or a small one. [default: inception]",
+    ),
+    "metric": click.option(
+        "--metric",
+        "metrics",
+        multiple=True,
+        type=click.Choice(["fid", "kid", "psnr", "ssim", "lpips", "clip", "recognised"]),
+        help="Again for more. [default: fid and kid; clip without a reference]",
+    ),
     "start": click.option(
         "--start", type=click.IntRange(0), help="Invert to this step, 0 is noise. [default: a tenth of the steps]"
     ),
