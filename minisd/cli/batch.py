@@ -206,15 +206,17 @@ def score(out: str, reference: str | None, features: str | None, metrics: tuple[
         raise FileNotFoundError(f"{other}: no such folder")
     chosen = metrics or (("fid", "kid") if other else ("clip",))
     features = features or "inception"
+    cells = scoring.cells(folder)
     fetched = [NETWORKS[features][1] and f"{features}, {NETWORKS[features][1]}"] if {"fid", "kid"} & set(chosen) else []
     for what in filter(None, [*fetched, *(scoring.METRICS[name] for name in chosen)]):
         click.echo(f"fetched at the first use: {what}", err=True)
-    rows = []
-    for cell in scoring.cells(folder):
-        rows.append({**varied(cell, folder), **scoring.score(cell, other, features, chosen)})
-    told = scoring.provenance(scoring.cells(folder)[0], other, features)
+    try:
+        rows = [{**varied(cell, folder), **scoring.score(cell, other, features, chosen)} for cell in cells]
+    except ImportError as error:
+        raise ValueError(f"{error} (pip install 'minisd[score]')") from None
+    told = scoring.provenance(cells[0], other, features)
     text = scoring.write_table(folder, rows, told)
-    axes = list(varied(scoring.cells(folder)[0], folder))
+    axes = list(varied(cells[0], folder))
     if axes:
         scoring.plot(folder, rows, axes[0], chosen)
     click.echo(json.dumps({"rows": rows, **told}) if as_json else text)

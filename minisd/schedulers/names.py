@@ -14,6 +14,7 @@ SDE = {"algorithm_type": "sde-dpmsolver++"}
 NAMES: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
     "ddim": ("ddim", "DDIMScheduler", {}, ()),
     "ddpm": ("ddpm", "DDPMScheduler", {}, ()),
+    "ddpm_large": ("ddpm", "DDPMScheduler", {"variance_type": "fixed_large"}, ()),  # sigma-hat of the DDIM paper
     "pndm": ("pndm", "PNDMScheduler", {"skip_prk_steps": True}, ("plms",)),
     "lms": ("lms", "LMSDiscreteScheduler", {}, ()),
     "euler": ("euler", "EulerDiscreteScheduler", {}, ()),
