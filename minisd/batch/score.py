@@ -82,57 +82,68 @@ def cells(folder: Path) -> list[Path]:
     return found
 
 
-@torch.no_grad()
-def score(folder: Path, reference: Path | None, features: str, metrics: tuple[str, ...]) -> dict[str, Any]:
-    """One folder's row. Raises ValueError for a metric that these pictures do not have."""
-    pictures, others = Pictures(folder), Pictures(reference) if reference else None
-    if others is None and (needy := [name for name in metrics if name in PAIRED or name in ("fid", "kid")]):
-        raise ValueError(f"{', '.join(needy)}: need a --reference to compare with")
-    row: dict[str, Any] = {"n": sum(len(part) for part, _ in pictures.batches())}
-    if others is not None and set(metrics) & {"fid", "kid"}:
-        row |= compare_sets(pictures, others, features, metrics, row["n"])
-    for name in (name for name in metrics if name in PAIRED):
-        assert others is not None
-        row[name] = compare_pairs(pictures, others, name)
-    if "clip" in metrics:
-        row["clip"] = compare_prompts(pictures)
-    if "recognised" in metrics:
-        row["recognised"] = share_recognised(pictures)
-    return row
+class Sets:
+    """FID and KID to one reference, whose features are computed once for all that is compared with it."""
 
+    def __init__(self, others: Pictures, features: str, metrics: set[str]) -> None:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+        from torchmetrics.image.kid import KernelInceptionDistance
 
-def compare_sets(
-    pictures: Pictures, others: Pictures, features: str, metrics: tuple[str, ...], n: int
-) -> dict[str, float]:
-    """FID and KID to the reference."""
-    from torchmetrics.image.fid import FrechetInceptionDistance
-    from torchmetrics.image.kid import KernelInceptionDistance
+        feature, self.others = network(features), others
+        self.metrics: dict[str, Any] = {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the memory for features
+            if "fid" in metrics:
+                self.metrics["fid"] = FrechetInceptionDistance(feature, reset_real_features=False)
+            if "kid" in metrics:
+                self.metrics["kid"] = KernelInceptionDistance(feature, subsets=SUBSETS, reset_real_features=False)
+        self.count = self.update(others, real=True)
 
-    m = sum(len(part) for part, _ in others.batches())
-    if min(n, m) < 2:
-        raise ValueError(f"{others.folder if m < 2 else pictures.folder}: has {min(n, m)} pictures, too few to compare")
-    feature = network(features)
-    made: dict[str, Any] = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the memory for features
-        if "fid" in metrics:
-            made["fid"] = FrechetInceptionDistance(feature)
-        if "kid" in metrics:
-            made["kid"] = KernelInceptionDistance(
-                feature, subsets=SUBSETS, subset_size=min(SUBSET, min(n, m) // 2 or 1)
-            )
-    for real, side in ((True, others), (False, pictures)):
-        for part, _ in side.batches():
-            for metric in made.values():
+    def update(self, pictures: Pictures, real: bool) -> int:
+        """Take in some pictures; returns how many. Raises ValueError for too few."""
+        count = 0
+        for part, _ in pictures.batches():
+            count += len(part)
+            for metric in self.metrics.values():
                 metric.update(part, real=real)
-    if "fid" in made and min(n, m) <= made["fid"].real_features_sum.numel():
-        warn(f"FID of {min(n, m)} pictures with {made['fid'].real_features_sum.numel()} features: take more pictures")
-    torch.manual_seed(0)  # KID draws its subsets
-    found = {"fid": float(made["fid"].compute())} if "fid" in made else {}
-    if "kid" in made:
-        mean, deviation = made["kid"].compute()
-        found |= {"kid": float(mean), "kid_std": float(deviation)}
-    return found
+        if count < 2:
+            raise ValueError(f"{pictures.folder}: has {count} pictures, too few to compare")
+        return count
+
+    def compare(self, pictures: Pictures) -> dict[str, float]:
+        """FID, and KID with its standard deviation over subsets."""
+        for metric in self.metrics.values():
+            metric.reset()  # all but the reference
+        fewest = min(self.count, self.update(pictures, real=False))
+        found: dict[str, float] = {}
+        if fid := self.metrics.get("fid"):
+            if fewest <= (features := fid.real_features_sum.numel()):
+                warn(f"FID of {fewest} pictures with {features} features: take more pictures")
+            found["fid"] = float(fid.compute())
+        if kid := self.metrics.get("kid"):
+            kid.subset_size = min(SUBSET, fewest // 2)
+            torch.manual_seed(0)  # it draws its subsets
+            mean, deviation = kid.compute()
+            found |= {"kid": float(mean), "kid_std": float(deviation)}
+        return found
+
+
+@torch.no_grad()
+def score(folders: list[Path], reference: Path | None, features: str, metrics: tuple[str, ...]) -> list[dict[str, Any]]:
+    """A row for each folder. Raises ValueError for a metric that these pictures do not have."""
+    others, of_sets = Pictures(reference) if reference else None, {"fid", "kid"} & set(metrics)
+    if others is None and (needy := [name for name in metrics if name in PAIRED or name in of_sets]):
+        raise ValueError(f"{', '.join(needy)}: need a --reference to compare with")
+    sets = Sets(others, features, of_sets) if others is not None and of_sets else None
+    rows = []
+    for pictures in map(Pictures, folders):
+        row: dict[str, Any] = {"n": len(list(read_samples(pictures.folder)))}
+        row |= sets.compare(pictures) if sets else {}
+        if others is not None:
+            row |= {name: compare_pairs(pictures, others, name) for name in metrics if name in PAIRED}
+        row |= {name: ALONE[name](pictures) for name in metrics if name in ALONE}
+        rows.append(row)
+    return rows
 
 
 def psnr() -> Any:
@@ -190,6 +201,9 @@ def share_recognised(pictures: Pictures) -> float:
             raise ValueError(f"recognised: {strange[0]!r} is no class of the fashion model")
         metric.update(recognised(part), torch.tensor([names.index(prompt) for prompt in prompts]))
     return float(metric.compute())
+
+
+ALONE: dict[str, Callable[[Pictures], float]] = {"clip": compare_prompts, "recognised": share_recognised}
 
 
 def provenance(folder: Path, reference: Path | None, features: str) -> dict[str, Any]:

@@ -211,9 +211,10 @@ def score(out: str, reference: str | None, features: str | None, metrics: tuple[
     for what in filter(None, [*fetched, *(scoring.METRICS[name] for name in chosen)]):
         click.echo(f"fetched at the first use: {what}", err=True)
     try:
-        rows = [{**varied(cell, folder), **scoring.score(cell, other, features, chosen)} for cell in cells]
+        scores = scoring.score(cells, other, features, chosen)
     except ImportError as error:
         raise ValueError(f"{error} (pip install 'minisd[score]')") from None
+    rows = [varied(cell, folder) | row for cell, row in zip(cells, scores, strict=True)]
     told = scoring.provenance(cells[0], other, features)
     text = scoring.write_table(folder, rows, told)
     axes = list(varied(cells[0], folder))
