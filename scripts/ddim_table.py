@@ -71,22 +71,21 @@ def table(found: Scores, value: Any) -> str:
 
 
 def conclusion(found: Scores) -> str:
-    """How many times fewer steps of DDIM are as good as the most of DDPM (eta 1), within two standard errors."""
+    """How many times fewer steps are as good as the most of DDPM (eta 1), by eta, within two standard deviations."""
     most = max(number for _, number in found)
     aim = found["1", most]
-    enough = [
-        number
-        for (eta, number), row in sorted(found.items(), key=lambda item: item[0][1])
-        if eta == "0" and row["kid"] <= aim["kid"] + 2 * math.hypot(row["kid_std"], aim["kid_std"])
-    ]
-    told = f"DDPM's {most} steps (eta 1) have a KID of {aim['kid']:.4f} ± {aim['kid_std']:.4f}"
-    if not enough:
-        return f"{told}; no number of DDIM's steps here reaches it."
-    row = found["0", enough[0]]
-    return (
-        f"{told}; DDIM reaches that, within two standard deviations, in {enough[0]} steps "
-        f"({row['kid']:.4f} ± {row['kid_std']:.4f}): {most / enough[0]:.0f} times fewer."
-    )
+    told = [f"DDPM's {most} steps (eta 1) have a KID of {aim['kid']:.4f} ± {aim['kid_std']:.4f}."]
+    for eta in (*(f"{eta:g}" for eta in ETAS), HAT):
+        near = [
+            number
+            for number in sorted(number for _, number in found)
+            if (row := found[eta, number])["kid"] <= aim["kid"] + 2 * math.hypot(row["kid_std"], aim["kid_std"])
+        ]
+        fewer = (
+            f"{near[0]} steps are as good: {most / near[0]:.3g} times fewer" if near else "no number of steps here is"
+        )
+        told.append(f"eta {eta}: {fewer}.")
+    return "\n".join(told)
 
 
 def consistency(steps: tuple[int, ...] = (10, 20, 50, 100), count: int = 20) -> str:
