@@ -22,24 +22,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import trange
 
+from minisd.batch.features import small_classifier
 from minisd.pixel.pipeline import PixelDiffusion
 
 SEED, BATCH, EPOCHS = 0, 100, 5
-
-
-def new_classifier() -> nn.Sequential:
-    """(B, 1, 32, 32) in [-1, 1] -> scores (B, 10)."""
-    layers: list[nn.Module] = []
-    for before, after in ((1, 32), (32, 64), (64, 96)):
-        layers += [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2)]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.3), nn.Linear(96 * 4 * 4, len(CLASSES)))
 
 
 def train_classifier(data: Path) -> nn.Sequential:
     """Five epochs on the 60,000 real pictures, with shifts of up to two pixels."""
     torch.manual_seed(SEED)
     pictures, labels = read_fashion(data, "train")
-    model, steps = new_classifier(), EPOCHS * len(pictures) // BATCH
+    model, steps = small_classifier(len(CLASSES)), EPOCHS * len(pictures) // BATCH
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
     for _ in trange(steps, desc="classifier"):
@@ -86,7 +79,7 @@ def open_classifier(file: Path, data: Path) -> nn.Sequential:
         state = train_classifier(data).state_dict()
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: value.half() if value.is_floating_point() else value for name, value in state.items()}, file)
-    model = new_classifier()
+    model = small_classifier(len(CLASSES))
     model.load_state_dict(load_file(file))
     return model.eval()
 

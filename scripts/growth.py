@@ -62,7 +62,9 @@ def plot(found: dict[str, list[Point]], path: str) -> None:
         settings, *sides = zip(*points, strict=True)
         for row, (values, unit) in enumerate(zip(sides, ("s", "GB"), strict=True)):
             panels[row][column].plot(settings, values, "o-")
-            panels[row][column].set(xlabel=name, ylim=(0, None), ylabel=unit if column == 0 else "")
+            panels[row][column].set(xlabel=name, ylabel=unit if column == 0 else "")
+    for left, *_ in panels:
+        left.set_ylim(bottom=0)  # once all is drawn: the panels of a row share it
     figure.savefig(path, dpi=100)
 
 

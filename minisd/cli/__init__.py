@@ -13,7 +13,7 @@ import sys
 import click
 
 import minisd
-from minisd.cli import classes, explain, grid, lora, parity, pictures, show, studio, weights, words
+from minisd.cli import batch, classes, explain, grid, lora, parity, pictures, show, studio, weights, words
 from minisd.cli.notes import Notes
 
 
@@ -50,7 +50,7 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for group in (pictures, explain, grid, show, studio, classes, weights, words, lora, parity):
+for group in (pictures, explain, grid, show, studio, classes, batch, weights, words, lora, parity):
     for command in group.COMMANDS:
         cli.add_command(command)
 

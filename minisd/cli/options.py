@@ -161,6 +161,49 @@ OPTIONS: dict[str, Any] = {
     ),
     "reweight": click.option("--reweight", multiple=True, metavar="WORD:WEIGHT", help="Attend to a word so much more."),
     "check": click.option("--check", is_flag=True, help="Say where the first NaN is, and how large values get."),
+    "per-prompt": click.option("--per-prompt", type=click.IntRange(1), default=1, help="Pictures of each prompt."),
+    "shard-size": click.option(
+        "--shard-size", type=click.IntRange(1), default=1000, show_default=True, help="Pictures in a shard."
+    ),
+    "base-seed": click.option(
+        "-s",
+        "--seed",
+        "base_seed",
+        type=SEEDS,
+        default=0,
+        show_default=True,
+        help="Of picture 0; picture i has seed + i.",
+    ),
+    "format": click.option(
+        "--format",
+        type=click.Choice(["tar", "folder", "parquet"]),
+        default="tar",
+        show_default=True,
+        help="Of a shard.",
+    ),
+    "many": click.option(
+        "--batch", type=click.IntRange(1), default=8, show_default=True, help="Pictures at once, within a shard."
+    ),
+    "threads": click.option("--threads", type=click.IntRange(1), help="Of each worker. [default: torch's]"),
+    "worker": click.option("--worker", metavar="K/N", help="Make every Nth shard, from the Kth on."),
+    "on": click.option("--on", type=click.Choice(["ray"]), help="Let Ray's workers make the shards."),
+    "status": click.option("--status", is_flag=True, help="Say how far all workers of a folder are."),
+    "grid": click.option(
+        "--grid", multiple=True, metavar="NAME=V1,V2 ...", help="Every combination: --grid guidance=1,4 steps=10,30."
+    ),
+    "reference": click.option("--reference", metavar="FOLDER", help="Of pictures, or made by minisd sample."),
+    "features": click.option(
+        "--features",
+        type=click.Choice(["inception", "emoji", "fashion"]),
+        help="The network that compares: the usual one (91 MB, fetched), or a small one. [default: inception]",
+    ),
+    "metric": click.option(
+        "--metric",
+        "metrics",
+        multiple=True,
+        type=click.Choice(["fid", "kid", "psnr", "ssim", "lpips", "clip", "recognised"]),
+        help="Again for more. [default: fid and kid; clip without a reference]",
+    ),
     "start": click.option(
         "--start", type=click.IntRange(0), help="Invert to this step, 0 is noise. [default: a tenth of the steps]"
     ),

@@ -25,6 +25,7 @@ class Row(NamedTuple):
 NAMES: dict[str, Row] = {
     "ddim": Row("ddim", "DDIMScheduler", {}, "DDIM", "ddim"),
     "ddpm": Row("ddpm", "DDPMScheduler", {}, "", "ddpm"),
+    "ddpm_large": Row("ddpm", "DDPMScheduler", {"variance_type": "fixed_large"}, "", ""),
     "pndm": Row("pndm", "PNDMScheduler", {"skip_prk_steps": True}, "PLMS", ""),
     "lms": Row("lms", "LMSDiscreteScheduler", {}, "LMS", "lms"),
     "euler": Row("euler", "EulerDiscreteScheduler", {}, "Euler", "euler"),

@@ -96,7 +96,7 @@ FLOORS = (
         "minisd.backends",
     ),
     ("minisd.model", "minisd.pipeline", "minisd.pixel.pipeline"),
-    ("minisd.tasks",),
+    ("minisd.tasks", "minisd.batch"),
     ("minisd.diffusers", "minisd.lab"),
     ("minisd.explain",),
     ("minisd.studio",),
