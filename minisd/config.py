@@ -23,6 +23,11 @@ class TextEncoderConfig:
     activation: str  # "quick_gelu" in OpenAI's CLIP
     layer_norm_eps: float
 
+    @property
+    def openclip(self) -> bool:
+        """Whether it is OpenCLIP's, of SD 2.x, which other names in files and another padding go with."""
+        return self.activation != "quick_gelu"
+
 
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig:
@@ -34,7 +39,8 @@ class UNetConfig:
     widths: tuple[int, ...]  # channels at each resolution
     attention: tuple[bool, ...]  # does this resolution have transformers?
     resnets_per_level: int  # on the way down; one more on the way up
-    heads: int  # diffusers calls it attention_head_dim, and means the number of heads
+    heads: int | tuple[int, ...]  # of every resolution, or of each; diffusers calls the number attention_head_dim
+    linear_projections: bool  # around a transformer: linear layers (SD 2.x), or 1x1 convolutions
     context_width: int  # the width of the text encoder
     activation: str
     downsample_padding: int
@@ -42,6 +48,10 @@ class UNetConfig:
     norm_eps: float  # GroupNorm in ResNet blocks and before the last convolution
     transformer_norm_eps: float  # GroupNorm at the entry of a transformer: not the same number!
     layer_norm_eps: float  # LayerNorm inside a transformer
+
+    def heads_at(self, level: int) -> int:
+        """The number of attention heads at a resolution."""
+        return self.heads if isinstance(self.heads, int) else self.heads[level]
 
     @property
     def time_width(self) -> int:
@@ -108,6 +118,7 @@ SD15 = ModelConfig(
         attention=(True, True, True, False),
         resnets_per_level=2,
         heads=8,
+        linear_projections=False,
         context_width=768,
         activation="silu",
         downsample_padding=1,

@@ -21,10 +21,7 @@ def encode(sd: Any, texts: str | list[str] | Tensor, clip_skip: int, long_prompt
     if isinstance(texts, Tensor):
         return texts.to(sd.device)
     texts = [texts] if isinstance(texts, str) else texts
-    if not long_prompts:
-        for text in texts if isinstance(sd.tokenizer, CLIPTokenizer) else ():  # any callable may stand in its place
-            tell_cut(sd.tokenizer, text)
-    ids = sd.tokenizer.windows(texts) if long_prompts else sd.tokenizer(texts)[:, None]  # (B, n, 77)
+    ids = sd.tokenizer.windows(texts) if long_prompts else cut(sd.tokenizer, texts)[:, None]  # (B, n, 77)
     context = sd.text_encoder(ids.flatten(0, 1).to(sd.device), clip_skip=clip_skip)  # (B n, 77, D)
     return rearrange(context, "(b n) t d -> b (n t) d", n=ids.shape[1])
 
@@ -46,12 +43,16 @@ def missing(context: Tensor, longest: int, empty: Tensor) -> list[Tensor]:
     return [empty.to(context).expand(len(context), -1, -1)] * windows
 
 
-def tell_cut(tokenizer: CLIPTokenizer, text: str) -> None:
-    """Warn of the words that the text encoder will not see."""
-    ids, most = tokenizer.ids(text), tokenizer.context_length - 2
-    if len(ids) > most:
+def cut(tokenizer: Any, texts: list[str]) -> Tensor:
+    """Texts (B of them) -> ids (B, 77). Warns of the words that the text encoder will not see."""
+    if not isinstance(tokenizer, CLIPTokenizer):  # any callable may stand in its place
+        return tokenizer(texts)
+    found = [tokenizer.ids(text) for text in texts]
+    most = tokenizer.context_length - 2
+    for ids in (ids for ids in found if len(ids) > most):
         words = shown(tokenizer.decode(ids[most:]), 60)
         warn(
             f"the prompt has {len(ids)} tokens, of which the model reads {most}; cut off: {words!r} "
             "(long_prompts=True, --long-prompts, reads all)"
         )
+    return tokenizer.rows(found)

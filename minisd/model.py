@@ -18,6 +18,7 @@ from minisd.checkpoint.save import Model, save
 from minisd.config import ModelConfig
 from minisd.notebook import table
 from minisd.text_encoder import TextEncoder
+from minisd.tiny_vae import TinyVAE, is_tiny_vae, load_tiny_vae
 from minisd.tokenizer import CLIPTokenizer
 from minisd.unet import UNet
 from minisd.vae import VAE
@@ -71,15 +72,17 @@ class LatentDiffusionModel:
         `.safetensors` file, or a hub repository id.
 
         `dtype=None` keeps the file's. `weights`: "auto", "ema" (averaged) or "raw" UNet weights, where a file has both.
-        `vae`, `tokenizer`: a path that replaces the model's own. `prediction`: "epsilon", "v_prediction" or "sample",
+        `vae`, `tokenizer`: a path that replaces the model's own; a file of TAESD for a tiny VAE (`tiny_vae.py`).
+        `prediction`: "epsilon", "v_prediction" or "sample",
         where the files do not say what the UNet predicts. `engine`: "exact", "fast", "openvino" or "compile", see
         `backends`. Raises ValueError for an engine that is not there, FileNotFoundError for a path that is not there,
         `minisd.CheckpointError` for a file that cannot be used.
         """
         check_engine(engine)
         device = usable_device(device)
+        tiny = load_tiny_vae(vae, dtype, device) if vae is not None and is_tiny_vae(vae) else None
         checkpoint = open_checkpoint(
-            source, dtype=dtype, weights=weights, vae=vae, tokenizer=tokenizer, prediction=prediction
+            source, dtype=dtype, weights=weights, vae=None if tiny else vae, tokenizer=tokenizer, prediction=prediction
         )
         for note in checkpoint.notes:
             warn(note)
@@ -87,7 +90,7 @@ class LatentDiffusionModel:
         model = cls(
             build(TextEncoder, parts["text_encoder"], dtype, device),
             build(UNet, parts["unet"], dtype, device),
-            build(VAE, parts["vae"], dtype, device),
+            tiny or build(VAE, parts["vae"], dtype, device),
             own_tokenizer,
             scheduler=checkpoint.scheduler,
             generation=checkpoint.generation,
@@ -135,6 +138,8 @@ class LatentDiffusionModel:
         Loaded LoRAs are merged into the weights that are written; added tokens are in the vocabulary. Raises ValueError
         for another layout, FileExistsError where something else than a model is in the way.
         """
+        if isinstance(self.vae, TinyVAE):
+            raise ValueError("this model has a TAESD in the place of its VAE, and cannot be saved with it")
         states = self.adapters.merged({name: module.state_dict() for name, module in self.modules.items()})
         save(Model(states, self.config, self.tokenizer, self.generation), path, layout=layout, dtype=dtype)
 

@@ -25,4 +25,6 @@ def draw_noise(shape: torch.Size, generator: Generators, device: torch.device, d
     source = device if generator is None else generator.device
     if source.type not in ("cpu", device.type):
         raise ValueError(f"generator: it lives on {source}; must be on the CPU or on {device}")
-    return torch.randn(shape, generator=generator, device=source, dtype=dtype).to(device)
+    pinned = source.type == "cpu" and device.type == "cuda"  # from there it is copied while the GPU works
+    noise = torch.randn(shape, generator=generator, device=source, dtype=dtype, pin_memory=pinned)
+    return noise.to(device, non_blocking=pinned)

@@ -28,10 +28,13 @@ from minisd.model import LatentDiffusionModel
 from minisd.noise import Generators, draw_noise
 from minisd.sampling import LoopSettings, Sampling, Step, Texts, check_divisions, matching_prompts, set_steps
 from minisd.schedulers import Scheduler, make_scheduler
+from minisd.tiling import in_tiles
 from minisd.warn import check_finite, watched
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+TILED_FROM = 1024 * 1024  # pixels of an image
 
 
 class StableDiffusion(LatentDiffusionModel):
@@ -39,6 +42,8 @@ class StableDiffusion(LatentDiffusionModel):
 
     `text_encoder`, `unet`, `vae` and `tokenizer` are its parts: see `model.py`, which has `load` and `save`.
     """
+
+    tile: bool | None = None  # whether to decode in tiles of the size that the VAE was trained at; None: large images
 
     @torch.no_grad()
     def text_to_image(
@@ -81,8 +86,10 @@ class StableDiffusion(LatentDiffusionModel):
 
         @torch.no_grad()
         def loop(x: Tensor) -> Iterator[Step]:
-            for index, t in enumerate(scheduler.timesteps[start:], start):
-                eps = predict_noise(scheduler.scale_model_input(x, t), t, context, scale, chosen.guidance_rescale)
+            timesteps = scheduler.timesteps[start:]  # on the CPU, where no accelerator waits for them to be read
+            for index, (t, on_device) in enumerate(zip(timesteps, timesteps.to(self.device), strict=True), start):
+                scaled = scheduler.scale_model_input(x, t)
+                eps = predict_noise(scaled, on_device, context, scale, chosen.guidance_rescale)
                 result = scheduler.step(eps, t, x, eta=chosen.eta, generator=generator)
                 step = Step(index, int(t), result.prev_sample, result.pred_original_sample)
                 yield step
@@ -125,14 +132,21 @@ class StableDiffusion(LatentDiffusionModel):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B, 4, H/8, W/8), as in the loop -> images (B, 3, H, W), about in [-1, 1]."""
-        return self.vae.decode(latents / self.vae.scaling_factor)
+        """Scaled latents (B, 4, H/8, W/8), as in the loop -> images (B, 3, H, W), about in [-1, 1].
+
+        In tiles (`tiling.py`) where `tile` is True, or where it is None and images have more than `TILED_FROM` pixels.
+        """
+        latents, config = latents / self.vae.scaling_factor, self.vae.config
+        large = latents.shape[2] * latents.shape[3] * config.downsampling**2 > TILED_FROM
+        if not (large if self.tile is None else self.tile):
+            return self.vae.decode(latents)
+        return in_tiles(self.vae.decode, latents, config.sample_size // config.downsampling, config.sample_size)
 
     def make_scheduler(self, scheduler: Scheduler | str | None, steps: int | None = None) -> Any:
         """A scheduler by name, with the model's noise schedule, or the object given; its timesteps set to `steps`."""
         made = make_scheduler(scheduler, self.scheduler_config)
         if steps is not None:
-            set_steps(made, steps, self.device)
+            set_steps(made, steps)
         return made
 
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:

@@ -160,13 +160,16 @@ class Sampling:
             raise ValueError(f"seed={self.seed!r}: must be a whole number of at most 64 bits") from None
 
 
-def set_steps(scheduler: Any, steps: int, device: torch.device) -> None:
-    """Set a scheduler's timesteps. Raises ValueError for a number of steps that its schedule does not have."""
+def set_steps(scheduler: Any, steps: int) -> None:
+    """Set a scheduler's timesteps, on the CPU: there no accelerator waits when one is read.
+
+    Raises ValueError for a number of steps that its schedule does not have.
+    """
     total = len(scheduler)  # diffusers counts a scheduler's length in training timesteps
     if steps > total:
         raise ValueError(f"steps={steps}: must be at most the schedule's {total}")
     try:
-        scheduler.set_timesteps(steps, device=device)
+        scheduler.set_timesteps(steps, device="cpu")
         # Those that work with sigmas read no table at a timestep, and can have one beyond the last.
         fits = hasattr(scheduler, "sigmas") or int(scheduler.timesteps.max()) < total
     except IndexError:  # of the table of noise levels

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from minisd.config import END as END
 from minisd.config import START as START
+from minisd.config import TextEncoderConfig
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -116,21 +117,27 @@ class CLIPTokenizer:
 
     @classmethod
     @cache
-    def clip(cls) -> "CLIPTokenizer":
-        """CLIP's own vocabulary of 49,408 tokens, which Stable Diffusion 1.5 uses; it is part of this package."""
+    def clip(cls, pad_token: str = END) -> "CLIPTokenizer":
+        """CLIP's own vocabulary of 49,408 tokens, which Stable Diffusion uses; it is part of this package.
+
+        `pad_token`: what fills the context behind the end; the end token, but "!" in SD 2.x.
+        """
         with resources.files("minisd").joinpath("data/clip_merges.txt.gz").open("rb") as file:
             lines = gzip.decompress(file.read()).decode("utf-8").split("\n")
         merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines if line)]
-        return cls(vocabulary_of(merges), merges, pad_token=END, context_length=77)
+        return cls(vocabulary_of(merges), merges, pad_token=pad_token, context_length=77)
 
     def __call__(self, texts: str | list[str]) -> Tensor:
         """Encode `texts` (B strings, or one) -> ids (B, 77) int64, cut or padded to the context length.
 
         Raises ValueError for text that is not valid Unicode (a lone surrogate).
         """
+        return self.rows([self.ids(text) for text in ([texts] if isinstance(texts, str) else texts)])
+
+    def rows(self, ids: list[list[int]]) -> Tensor:
+        """The ids of B texts, of any length -> (B, 77) int64, cut or padded to the context length."""
         most = self.context_length - 2
-        rows = [self._framed(self.ids(text)[:most]) for text in ([texts] if isinstance(texts, str) else texts)]
-        return torch.tensor(rows, dtype=torch.int64)
+        return torch.tensor([self._framed(row[:most]) for row in ids], dtype=torch.int64)
 
     def tokens(self, text: str) -> list[str]:
         """The tokens of one prompt as they read, start and end included, padding not. Raises ValueError as above."""
@@ -224,6 +231,11 @@ class CLIPTokenizer:
     def _library(self) -> "Tokenizer":
         """`encode` in Rust."""
         return library_tokenizer(self)
+
+
+def usual_padding(config: TextEncoderConfig) -> str:
+    """The padding token of a text encoder: OpenCLIP pads with id 0, which is "!"."""
+    return "!" if config.openclip else END
 
 
 def split(text: str, tokens: Iterable[str]) -> list[str]:

@@ -63,29 +63,47 @@ class SpatialTransformer(nn.Module):
     feed-forward; each pre-norm with a residual connection (Rombach et al. 2022, appendix E.2.1).
     """
 
-    def __init__(self, width: int, config: UNetConfig) -> None:
+    def __init__(self, level: int, config: UNetConfig) -> None:
         super().__init__()
-        heads, eps = config.heads, config.layer_norm_eps
+        width, heads, eps = config.widths[level], config.heads_at(level), config.layer_norm_eps
         self.norm = nn.GroupNorm(config.norm_groups, width, eps=config.transformer_norm_eps)
-        self.proj_in = nn.Conv2d(width, width, 1)
+        self.proj_in = projection(width, config)
         self.self_attn_norm = nn.LayerNorm(width, eps=eps)
         self.self_attn = Attention(width, width, heads=heads, qkv_bias=False)
         self.cross_attn_norm = nn.LayerNorm(width, eps=eps)
         self.cross_attn = Attention(width, config.context_width, heads=heads, qkv_bias=False)
         self.feed_forward_norm = nn.LayerNorm(width, eps=eps)
         self.feed_forward = GatedFeedForward(width)
-        self.proj_out = nn.Conv2d(width, width, 1)
+        self.proj_out = projection(width, config)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """`x` (B, C, H, W), `context` (B, T, D) -> (B, C, H, W)."""
         residual, height = x, x.shape[2]
-        x = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")  # (B, HW, C)
+        x = to_sequence(self.proj_in, self.norm(x))  # (B, HW, C)
         normed = self.self_attn_norm(x)
         x = self.self_attn(normed, normed, causal=False) + x
         x = self.cross_attn(self.cross_attn_norm(x), context, causal=False) + x
         x = self.feed_forward(self.feed_forward_norm(x)) + x
-        x = rearrange(x, "b (h w) c -> b c h w", h=height)  # (B, C, H, W)
-        return self.proj_out(like_layout(x, residual)) + residual
+        return to_map(self.proj_out, x, height, residual) + residual
+
+
+def projection(width: int, config: UNetConfig) -> nn.Conv2d | nn.Linear:
+    """What leads into a transformer, and out of it."""
+    return nn.Linear(width, width) if config.linear_projections else nn.Conv2d(width, width, 1)
+
+
+def to_sequence(projection: nn.Module, x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, HW, C). A convolution sees the feature map, a linear layer the sequence."""
+    if isinstance(projection, nn.Linear):
+        return projection(rearrange(x, "b c h w -> b (h w) c"))
+    return rearrange(projection(x), "b c h w -> b (h w) c")
+
+
+def to_map(projection: nn.Module, x: Tensor, height: int, like: Tensor) -> Tensor:
+    """(B, HW, C) -> (B, C, H, W), laid out in memory as `like`."""
+    if isinstance(projection, nn.Linear):
+        return like_layout(rearrange(projection(x), "b (h w) c -> b c h w", h=height), like)
+    return projection(like_layout(rearrange(x, "b (h w) c -> b c h w", h=height), like))
 
 
 def like_layout(x: Tensor, reference: Tensor) -> Tensor:
@@ -138,7 +156,7 @@ def resnet(in_width: int, out_width: int, config: UNetConfig) -> ResnetBlock:
 
 
 def transformer(level: int, config: UNetConfig) -> SpatialTransformer | None:
-    return SpatialTransformer(config.widths[level], config) if config.attention[level] else None
+    return SpatialTransformer(level, config) if config.attention[level] else None
 
 
 def down_blocks(config: UNetConfig) -> Iterator[Block]:
@@ -155,7 +173,7 @@ def down_blocks(config: UNetConfig) -> Iterator[Block]:
 def middle_blocks(config: UNetConfig) -> Iterator[Block]:
     """At the lowest resolution, with a transformer even where the level has none, as in SD 1.5."""
     width = config.widths[-1]
-    yield Block(resnet=resnet(width, width, config), attention=SpatialTransformer(width, config))
+    yield Block(resnet=resnet(width, width, config), attention=SpatialTransformer(-1, config))
     yield Block(resnet=resnet(width, width, config))
 
 

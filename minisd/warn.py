@@ -6,7 +6,7 @@ file needs the standard library only.
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -32,16 +32,33 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
 
 def check_finite(values: "Tensor", what: str) -> bool:
     """Whether all `values` are finite; warns of `what` where not."""
-    if bool(values.isfinite().all()):
-        return True
-    way = "`minisd generate --check` finds where they begin; bfloat16 and float32 hold larger numbers than float16"
-    warn(f"{what}: NaN or infinite numbers; {way}", NonFiniteWarning)
+    return not tell_first([(what, values.isfinite().all())])
+
+
+def tell_first(asked: "Iterable[tuple[str, Tensor]]") -> bool:
+    """Warn of the first of (what, whether it is finite) that is not; whether there is one."""
+    for what, finite in asked:
+        if not bool(finite):
+            way = "`minisd generate --check` finds where they begin; bfloat16 and float32 hold larger numbers"
+            warn(f"{what}: NaN or infinite numbers; {way} than float16", NonFiniteWarning)
+            return True
     return False
 
 
 def watched(steps: Iterator[SomeStep]) -> Iterator[SomeStep]:
-    """The same steps; warns at the first whose latents are not finite."""
-    sound = True
-    for step in steps:
-        sound = sound and check_finite(step.latents, f"latents of step {step.index + 1} (timestep {step.timestep})")
-        yield step
+    """The same steps; warns of the first whose latents are not finite.
+
+    At once on a CPU; an accelerator would have to wait for each answer, and is asked when the steps end, or are left.
+    """
+    waiting: list[tuple[str, Tensor]] = []
+    told = False
+    try:
+        for step in steps:
+            what = f"latents of step {step.index + 1} (timestep {step.timestep})"
+            waiting.append((what, step.latents.isfinite().all()))
+            if step.latents.device.type == "cpu" and not told:
+                told = tell_first(waiting[-1:])
+            yield step
+    finally:
+        if not told:
+            tell_first(waiting)

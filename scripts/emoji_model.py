@@ -41,6 +41,7 @@ EMOJI_UNET = UNetConfig(
     attention=(True, True, True, False),
     resnets_per_level=2,
     heads=8,
+    linear_projections=False,
     context_width=EMOJI_TEXT_ENCODER.width,
     activation="silu",
     downsample_padding=1,

@@ -70,7 +70,7 @@ OTHER_MODELS = {
     "Flux": ("double_blocks", "single_blocks", "single_transformer_blocks"),
     "SD 3": ("joint_blocks", "lora_te3_", "text_encoder_3."),
 }
-TEXT_WIDTHS = {1024: "SD 2.x", 2048: "SDXL"}  # what cross-attention's keys take in, if not SD 1.x
+TEXT_WIDTHS = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}  # what cross-attention's keys take in
 
 
 @dataclass(frozen=True)

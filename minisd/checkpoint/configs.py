@@ -30,6 +30,7 @@ UNET = Fields(
         "block_out_channels": ("widths", [320, 640, 1280, 1280]),
         "layers_per_block": ("resnets_per_level", 2),
         "attention_head_dim": ("heads", 8),
+        "use_linear_projection": ("linear_projections", False),
         "cross_attention_dim": ("context_width", 1280),
         "act_fn": ("activation", "silu"),
         "downsample_padding": ("downsample_padding", 1),
@@ -51,13 +52,11 @@ UNET = Fields(
         "encoder_hid_dim_type": None,
         "num_attention_heads": None,
         "dual_cross_attention": False,
-        "use_linear_projection": False,
         "class_embed_type": None,
         "class_embeddings_concat": False,
         "addition_embed_type": None,
         "addition_time_embed_dim": None,
         "num_class_embeds": None,
-        "upcast_attention": False,
         "resnet_time_scale_shift": "default",
         "resnet_skip_time_act": False,
         "resnet_out_scale_factor": 1.0,
@@ -77,6 +76,7 @@ UNET = Fields(
             "up_block_types",
             "addition_embed_type_num_heads",
             "projection_class_embeddings_input_dim",
+            "upcast_attention",  # done by no attention kernel of torch's: without effect in diffusers too
         }
     ),
 )
@@ -163,7 +163,7 @@ Config = TypeVar("Config")
 def build(kind: Callable[..., Config], arguments: dict[str, Any], where: str) -> Config:
     """Make the dataclass, with every number in a possible range."""
     for name, value in arguments.items():
-        if isinstance(value, list) and name in ("widths", "attention"):
+        if isinstance(value, list) and name in ("widths", "attention", "heads"):
             arguments[name] = value = tuple(value[: MAX_LEVELS + 1])
             if len(value) > MAX_LEVELS:
                 raise CheckpointError(f"{where}: {name} has more than {MAX_LEVELS} levels")
@@ -188,7 +188,7 @@ def check_number(where: str, name: str, value: Any) -> None:
             raise CheckpointError(
                 f"{where}: activation {shown(repr(value))} is not supported: silu, gelu and quick_gelu are"
             )
-    elif name == "attention":
+    elif name in ("attention", "linear_projections"):
         if not isinstance(value, bool):
             raise wrong
     elif name.endswith("_eps") or name == "scaling_factor":
@@ -205,9 +205,13 @@ def check_divides(where: str, arguments: dict[str, Any], name: str) -> None:
     """Norm groups split every width evenly; heads those with attention, of which the UNet's last level is one."""
     widths = arguments.get("widths", (arguments.get("width"),))
     attends = (*arguments.get("attention", ())[:-1], True) if name == "heads" else (True,) * len(widths)
-    for width, needed in zip(widths, attends, strict=True):
-        if needed and width % arguments[name]:
-            raise CheckpointError(f"{where}: {name}={arguments[name]} does not divide the width {width}")
+    value = arguments[name]
+    numbers = value if isinstance(value, tuple) else (value,) * len(widths)
+    if len(numbers) != len(widths):
+        raise CheckpointError(f"{where}: {name}={shown(value)} for {len(widths)} levels")
+    for width, number, needed in zip(widths, numbers, attends, strict=True):
+        if needed and width % number:
+            raise CheckpointError(f"{where}: {name}={number} does not divide the width {width}")
 
 
 def read_unet(config: Mapping[str, Any], where: str, notes: list[str]) -> UNetConfig:
@@ -217,7 +221,7 @@ def read_unet(config: Mapping[str, Any], where: str, notes: list[str]) -> UNetCo
         value = arguments[name]
         if isinstance(value, list) and value and all(item == value[0] for item in value):
             arguments[name] = value[0]
-        elif isinstance(value, list):
+        elif isinstance(value, list) and (name != "heads" or not value):
             raise CheckpointError(
                 f"{where}: {name} differs between levels ({shown(value)}), which minisd does not support"
             )

@@ -188,10 +188,35 @@ def open_files(paths: list[Path], name: Path) -> Files:
         header = read_header(path)
         for twin in header.tensors.keys() & tensors.keys():
             raise CheckpointError(f"{name}: the tensor '{shown(twin)}' is in two shards")
-        tensors |= header.tensors
-        location |= dict.fromkeys(header.tensors, path)
+        own = split_thirds(header.tensors)
+        tensors |= own
+        location |= dict.fromkeys(own, path)
         metadata |= header.metadata
     return Files(name, tensors, location, metadata)
+
+
+FUSED = ("attn.in_proj_weight", "attn.in_proj_bias")  # OpenCLIP's queries, keys and values: one tensor, three layers
+THIRDS = ("/q", "/k", "/v")  # behind the tensor's name: these rows of it
+
+
+def split_thirds(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The same tensors, the fused ones as three: their rows lie behind each other, so each third is a tensor too."""
+    split: dict[str, TensorInfo] = {}
+    for name, info in tensors.items():
+        if name.endswith(FUSED) and info.shape and info.shape[0] % 3 == 0:
+            rows, size = info.shape[0] // 3, (info.end - info.start) // 3
+            for number, third in enumerate(THIRDS):
+                start = info.start + number * size
+                split[name + third] = TensorInfo(info.dtype, (rows, *info.shape[1:]), start, start + size)
+        else:
+            split[name] = info
+    return split
+
+
+def fused_name(name: str) -> tuple[str, int | None]:
+    """A tensor's name in the file, and which third of it is meant: None for all of it."""
+    whole, third = name[:-2], name[-2:]
+    return (whole, THIRDS.index(third)) if third in THIRDS and whole.endswith(FUSED) else (name, None)
 
 
 def shard_paths(index: Path) -> list[Path]:

@@ -9,18 +9,22 @@ from dataclasses import replace
 from minisd.checkpoint.configs import MAX_LAYERS, MAX_LEVELS
 from minisd.checkpoint.header import TensorInfo
 from minisd.checkpoint.keymap import ema_name
-from minisd.checkpoint.naming import TEXT_PREFIX, Naming, Tensors, shape_of
+from minisd.checkpoint.naming import OPENCLIP_MARK, TEXT_PREFIX, Naming, Tensors, shape_of
 from minisd.config import SD15, TextEncoderConfig, UNetConfig, VAEConfig
 from minisd.files import CheckpointError
 
 
 def infer_unet(tensors: Tensors, naming: Naming) -> UNetConfig:
-    """The UNet's configuration out of its shapes. Heads and norm groups leave no trace there: SD 1.x has 8 and 32."""
+    """The UNet's configuration out of its shapes. Heads and norm groups leave no trace there: SD 1.x has 8 and 32.
+
+    SD 2.x, which its text encoder tells, has heads of 64 channels.
+    """
     widths, attention, resnets = unet_levels(tensors, naming)
     conv_in, conv_out = (shape_of(tensors, naming, name) for name in ("conv_in.weight", "conv_out.weight"))
     to_k = shape_of(tensors, naming, "middle.0.attention.cross_attn.k.weight")
     if not widths or conv_in is None or conv_out is None or to_k is None or len(conv_in) != 4 or len(to_k) != 2:
         raise CheckpointError("the UNet is incomplete: its first or middle layers are missing")
+    sd2 = to_k[1] == 1024 or OPENCLIP_MARK in tensors
     return replace(
         SD15.unet,
         in_channels=conv_in[1],
@@ -29,6 +33,8 @@ def infer_unet(tensors: Tensors, naming: Naming) -> UNetConfig:
         attention=tuple(attention),
         resnets_per_level=resnets,
         context_width=to_k[1],
+        linear_projections=sd2,
+        heads=tuple(max(1, width // 64) for width in widths) if sd2 else SD15.unet.heads,
     )
 
 
@@ -81,13 +87,18 @@ def infer_vae(tensors: Tensors, naming: Naming) -> VAEConfig:
 
 
 def infer_text_encoder(tensors: Tensors, naming: Naming) -> TextEncoderConfig:
-    """The text encoder's configuration out of its shapes. All CLIP text encoders of SD 1.x have heads of 64."""
+    """The text encoder's configuration out of its shapes. All CLIP text encoders have heads of 64 channels.
+
+    Of OpenCLIP's 24 layers SD 2.x uses 23: what the last but one gives, normalised.
+    """
+    openclip = naming.column == "compvis"
     tokens = shape_of(tensors, naming, "token_embedding.weight")
     positions = shape_of(tensors, naming, "position_embedding.weight")
     hidden = shape_of(tensors, naming, "layers.0.feed_forward.expand.weight")
     layers = 0
     middle = "" if naming.bare_text else TEXT_PREFIX
-    while f"{naming.prefix}{middle}encoder.layers.{layers}.layer_norm1.weight" in tensors and layers < MAX_LAYERS:
+    layer = "model.transformer.resblocks.{}.ln_1" if openclip else middle + "encoder.layers.{}.layer_norm1"
+    while naming.prefix + layer.format(layers) + ".weight" in tensors and layers < MAX_LAYERS:
         layers += 1
     if not (tokens and positions and hidden) or not len(tokens) == len(positions) == len(hidden) == 2 or not layers:
         raise CheckpointError("the text encoder is incomplete: its embeddings or first layer are missing")
@@ -96,7 +107,8 @@ def infer_text_encoder(tensors: Tensors, naming: Naming) -> TextEncoderConfig:
         vocabulary=tokens[0],
         width=tokens[1],
         heads=max(1, tokens[1] // 64),
-        layers=layers,
+        layers=23 if openclip and layers == 24 else layers,
+        activation="gelu" if openclip else SD15.text_encoder.activation,
         context_length=positions[0],
         hidden_width=hidden[0],
     )

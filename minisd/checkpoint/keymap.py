@@ -9,7 +9,7 @@ This file needs the standard library only.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from minisd.config import ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
@@ -22,7 +22,7 @@ COMPONENTS = ("unet", "vae", "text_encoder")
 COMPVIS_PREFIX = {
     "unet": "model.diffusion_model.",
     "vae": "first_stage_model.",
-    "text_encoder": "cond_stage_model.transformer.",
+    "text_encoder": "cond_stage_model.",
 }
 
 
@@ -51,7 +51,10 @@ class Part:
 
 
 def parts(table: str) -> list[Part]:
-    """Read a table: minisd | diffusers (or an older name) | CompVis (= the same) | kind and sizes."""
+    """Read a table: minisd | diffusers (or an older name) | CompVis (= the same) | kind and sizes.
+
+    In CompVis' column `*` stands for "weight" or "bias", which else follows behind a dot, or not at all behind "!".
+    """
     rows = []
     for line in table.strip().splitlines():
         minisd, diffusers, compvis, layer = (column.strip() for column in line.split("|"))
@@ -99,6 +102,8 @@ TRANSFORMER = parts("""
     feed_forward.contract | transformer_blocks.0.ff.net.2     | = | linear 4c c
     proj_out              | proj_out                          | = | conv1 c c
 """)
+
+LINEAR_TRANSFORMER = [replace(part, kind="linear") if part.kind == "conv1" else part for part in TRANSFORMER]
 
 DOWNSAMPLE = parts("conv | conv | op | conv3 c c")
 UPSAMPLE = parts("conv | conv | = | conv3 c c")
@@ -157,6 +162,24 @@ TEXT_ENDS = parts("""
     final_norm         | text_model.final_layer_norm              | = | norm c
 """)
 
+# Single files of SD 2.x have OpenCLIP's names. Queries, keys and values are thirds of one tensor there: "/q" and so on.
+OPENCLIP_LAYER = parts("""
+    self_attn_norm        | layer_norm1        | ln_1             | norm c
+    self_attn.q           | self_attn.q_proj   | attn.in_proj_*/q | linear c c
+    self_attn.k           | self_attn.k_proj   | attn.in_proj_*/k | linear c c
+    self_attn.v           | self_attn.v_proj   | attn.in_proj_*/v | linear c c
+    self_attn.out         | self_attn.out_proj | attn.out_proj    | linear c c
+    feed_forward_norm     | layer_norm2        | ln_2             | norm c
+    feed_forward.expand   | mlp.fc1            | mlp.c_fc         | linear c hidden
+    feed_forward.contract | mlp.fc2            | mlp.c_proj       | linear hidden c
+""")
+
+OPENCLIP_ENDS = parts("""
+    token_embedding    | text_model.embeddings.token_embedding    | token_embedding       | table vocabulary c
+    position_embedding | text_model.embeddings.position_embedding | positional_embedding! | table positions c
+    final_norm         | text_model.final_layer_norm              | ln_final              | norm c
+""")
+
 
 def place(block: list[Part], minisd: str, diffusers: str, compvis: str, **sizes: int) -> Iterator[Key]:
     """Put a block at its three places, each a prefix ("" or ending in a dot), with its sizes filled in."""
@@ -170,11 +193,18 @@ def place(block: list[Part], minisd: str, diffusers: str, compvis: str, **sizes:
             yield Key(
                 minisd=f"{minisd}{part.minisd}.{tensor}",
                 diffusers=f"{diffusers}{part.diffusers}.{tensor}",
-                compvis=f"{compvis}{part.compvis}.{tensor}",
+                compvis=compvis + spelt(part.compvis, tensor),
                 shape=shape,
                 compvis_shape=(*shape, 1, 1) if part.kind == "pixelwise" and tensor == "weight" else shape,
                 older=tuple(f"{diffusers}{name}.{tensor}" for name in part.older),
             )
+
+
+def spelt(name: str, tensor: str) -> str:
+    """A name in CompVis' column with its "weight" or "bias": see `parts`."""
+    if name.endswith("!"):
+        return name[:-1]
+    return name.replace("*", tensor) if "*" in name else f"{name}.{tensor}"
 
 
 def unet_keys(config: UNetConfig) -> Iterator[Key]:
@@ -199,7 +229,8 @@ def unet_block(
     yield from place(UNET_RESNET, f"{here}.resnet.", resnet, f"{compvis}.0.", i=i, o=o, time=config.time_width)
     if attention:
         sizes = {"c": o, "4c": 4 * o, "8c": 8 * o, "context": config.context_width}
-        yield from place(TRANSFORMER, f"{here}.attention.", transformer, f"{compvis}.1.", **sizes)
+        block = LINEAR_TRANSFORMER if config.linear_projections else TRANSFORMER
+        yield from place(block, f"{here}.attention.", transformer, f"{compvis}.1.", **sizes)
 
 
 def unet_down(config: UNetConfig) -> Iterator[Key]:
@@ -289,12 +320,15 @@ def vae_decoder(config: VAEConfig) -> Iterator[Key]:
 
 
 def text_encoder_keys(config: TextEncoderConfig) -> Iterator[Key]:
-    """The whole text encoder. CompVis kept the names that transformers gave."""
+    """The whole text encoder. Single files have the names that transformers gave, or, of SD 2.x, OpenCLIP's."""
     sizes = {"vocabulary": config.vocabulary, "positions": config.context_length}
-    yield from place(TEXT_ENDS, "", "", "", c=config.width, **sizes)
+    ends, inside = (OPENCLIP_ENDS, OPENCLIP_LAYER) if config.openclip else (TEXT_ENDS, TEXT_LAYER)
+    top = "model." if config.openclip else "transformer."
+    yield from place(ends, "", "", top, c=config.width, **sizes)
     for layer in range(config.layers):
         folder = f"text_model.encoder.layers.{layer}."
-        yield from place(TEXT_LAYER, f"layers.{layer}.", folder, folder, c=config.width, hidden=config.hidden_width)
+        there = f"{top}transformer.resblocks.{layer}." if config.openclip else top + folder
+        yield from place(inside, f"layers.{layer}.", folder, there, c=config.width, hidden=config.hidden_width)
 
 
 KEYS: dict[str, Callable[[Any], Iterator[Key]]] = {

@@ -23,7 +23,7 @@ from minisd.checkpoint.values import Values
 from minisd.config import ModelConfig
 from minisd.files import CheckpointError
 from minisd.notebook import table
-from minisd.tokenizer import CLIPTokenizer
+from minisd.tokenizer import CLIPTokenizer, usual_padding
 
 Source = str | os.PathLike[str]
 Network = TypeVar("Network", bound=nn.Module)
@@ -116,7 +116,17 @@ def read_state(part: Part, *, dtype: torch.dtype | None, device: torch.device) -
     values = Values(part.files, part.match)
     if dtype is None:
         dtype = Counter(values.dtype(name) for name in values).most_common(1)[0][0]
-    return {name: values[name].to(device=device, dtype=dtype) for name in values}
+    return {name: read_as(values, name, dtype).to(device) for name in values}
+
+
+def read_as(values: Values, name: str, dtype: torch.dtype) -> Tensor:
+    """A weight in `dtype`; of what has another in the file, no more than a piece is in memory beside it."""
+    if values.dtype(name) == dtype:
+        return values[name]
+    weight = torch.empty(values.shape(name), dtype=dtype)
+    for rows, piece in values.pieces(name):
+        weight[rows] = piece
+    return weight
 
 
 def build(network: Callable[[Any], Network], part: Part, dtype: torch.dtype | None, device: torch.device) -> Network:
@@ -166,7 +176,7 @@ def read_tokenizer(checkpoint: Checkpoint) -> CLIPTokenizer:
     elif (own := checkpoint.survey.tokenizer()) is not None:
         found = CLIPTokenizer(**vars(own))
     else:
-        found = CLIPTokenizer.clip()
+        found = CLIPTokenizer.clip(usual_padding(checkpoint.config.text_encoder))
     check_tokenizer(checkpoint.path, found, checkpoint.config.text_encoder)
     return found
 

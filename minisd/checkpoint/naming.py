@@ -6,14 +6,14 @@ This file needs the standard library only. Next: `infer.py`.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import permutations, product
 from math import prod
 from typing import Any
 
 from minisd.checkpoint.header import TensorInfo
-from minisd.checkpoint.keymap import Key, ema_name, model_keys
+from minisd.checkpoint.keymap import Key, ema_name, model_keys, text_encoder_keys
 from minisd.config import SD15
 from minisd.files import CheckpointError, shown
 
@@ -35,6 +35,7 @@ PREFIXES = {
         "cond_stage_model.transformer.",
         "cond_stage_model.",
     ),
+    ("text_encoder", "compvis"): ("cond_stage_model.", ""),  # OpenCLIP's names
 }
 
 # What training frameworks put in front of everything (torch.nn.DataParallel, torch.compile), one around the other too.
@@ -73,23 +74,29 @@ def candidates(component: str) -> Iterable[Naming]:
     for (name, column), prefixes in PREFIXES.items():
         if name == component:
             for wrapper, prefix in product(WRAPPERS, prefixes):
-                for bare in (False, True) if component == "text_encoder" else (False,):
+                for bare in (False, True) if (component, column) == ("text_encoder", "diffusers") else (False,):
                     yield Naming(component, column, wrapper + prefix, bare)
     if component == "unet":
         yield Naming(component, "ema", "")
 
 
+OPENCLIP_MARK = "cond_stage_model.model.ln_final.weight"  # in every whole file of SD 2.x, and in no other
+OPENCLIP = replace(SD15.text_encoder, layers=23, activation="gelu")
+
+
 @cache
-def sd15_keys(component: str) -> dict[str, Key]:
-    """SD 1.5's keys of a component by minisd's name: enough to recognise a file of any widths."""
-    return {key.minisd: key for key in model_keys(SD15)[component]}
+def known_keys(component: str, column: str) -> dict[str, Key]:
+    """SD 1.5's keys of a component by minisd's name (or SD 2.x's): enough to recognise a file of any widths."""
+    openclip = (component, column) == ("text_encoder", "compvis")
+    keys = text_encoder_keys(OPENCLIP) if openclip else model_keys(SD15)[component]
+    return {key.minisd: key for key in keys}
 
 
 def namings(component: str, tensors: Tensors) -> dict[str, Naming]:
     """The namings under which `component` is in the file, best overlap for each of "raw" and "ema"; {} if it is not."""
-    keys = sd15_keys(component).values()
     best: dict[str, tuple[int, Naming]] = {}
     for naming in candidates(component):
+        keys = known_keys(component, naming.column).values()
         kind = "ema" if naming.column == "ema" else "raw"
         most = best.get(kind, (0,))[0]
         if most < len(keys):
@@ -120,7 +127,13 @@ IGNORABLE: tuple[tuple[str, str, frozenset[str]], ...] = tuple(
             "the rest of CLIP",
             "Stable Diffusion uses the hidden states only",
             "cond_stage_model.logit_scale cond_stage_model.text_projection logit_scale text_projection.weight "
+            "cond_stage_model.model.logit_scale cond_stage_model.model.text_projection "
             "cond_stage_model.transformer.text_projection.weight vision_model. visual_projection.weight",
+        ),
+        (
+            "last layer of OpenCLIP",
+            "SD 2.x uses what the one before gives",
+            "cond_stage_model.model.transformer.resblocks.23.",
         ),
         ("ControlNet", "a model of its own", "control_model."),
         ("LoRA", "a change to the weights that is not applied", "lora_te_ lora_unet_"),
@@ -150,7 +163,7 @@ def ignorable(name: str) -> str | None:
     return "position ids" if name.endswith("embeddings.position_ids") else None
 
 
-# What is not Stable Diffusion 1.x, by the beginnings of names that only it has; most telling first.
+# What is not Stable Diffusion 1.x or 2.x, by the beginnings of names that only it has; most telling first.
 STRANGERS = (
     ("SDXL", "conditioner.embedders. model.diffusion_model.label_emb. add_embedding.linear_1.weight"),
     (
@@ -158,7 +171,8 @@ STRANGERS = (
         "model.diffusion_model.joint_blocks. joint_blocks. double_blocks. model.diffusion_model.double_blocks. "
         "transformer_blocks.0.attn.add_k_proj.",
     ),
-    ("SD 2.x (its text encoder is OpenCLIP)", "cond_stage_model.model."),
+    ("SD 2's depth model", "depth_model."),
+    ("SD 2's upscaler", "low_scale_model."),
     ("an IP-Adapter", "ip_adapter. image_proj."),
     ("a ControlNet", "control_model. controlnet_cond_embedding. input_hint_block."),
     ("a TAESD autoencoder", "taesd_decoder. encoder.layers.0.weight decoder.layers.1.weight"),
@@ -177,7 +191,7 @@ LORA, EMBEDDING = "a LoRA: a change to a model, not a model", "a textual inversi
 def way_out(other: str) -> str:
     """What to do with a file that turned out to be something else."""
     hints = {LORA: "give it to load_lora() or --lora", EMBEDDING: "give it to load_embedding() or --embedding"}
-    return hints.get(other, "minisd knows Stable Diffusion 1.x")
+    return hints.get(other, "minisd knows Stable Diffusion 1.x and 2.x")
 
 
 def is_lora(name: str) -> bool:
@@ -193,7 +207,7 @@ def is_embedding(tensors: Tensors) -> bool:
 
 
 def stranger(tensors: Tensors) -> str | None:
-    """What else the file is, if it is not Stable Diffusion 1.x: a name for people, or None."""
+    """What else the file is, if it is not Stable Diffusion 1.x or 2.x: a name for people, or None."""
     if tensors and sum(map(is_lora, tensors)) > len(tensors) // 3:
         return LORA
     if is_embedding(tensors):
@@ -206,8 +220,6 @@ def stranger(tensors: Tensors) -> str | None:
         return None
     for naming in namings("unet", tensors).values():
         to_k = shape_of(tensors, naming, "down.0.attention.cross_attn.k.weight")
-        if to_k and to_k[1] == 1024:
-            return "SD 2.x (its text encoder is OpenCLIP)"
         if to_k and to_k[1] == 2048:
             return "SDXL"
     return None
@@ -215,7 +227,7 @@ def stranger(tensors: Tensors) -> str | None:
 
 def shape_of(tensors: Tensors, naming: Naming, minisd_name: str) -> tuple[int, ...] | None:
     """The shape that the file gives to the weight that minisd calls so, or None."""
-    key = sd15_keys(naming.component)[minisd_name]
+    key = known_keys(naming.component, naming.column)[minisd_name]
     return next((tensors[name].shape for name in naming.names(key) if name in tensors), None)
 
 

@@ -18,10 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minisd.checkpoint import configs, tokenizer_files
+from minisd.checkpoint.header import fused_name
 from minisd.checkpoint.hub import GENERATION_CONFIG, STEMS, single_name
 from minisd.checkpoint.keymap import COMPONENTS, COMPVIS_PREFIX, model_keys
 from minisd.config import END, START, ModelConfig
-from minisd.tokenizer import CLIPTokenizer
+from minisd.tokenizer import CLIPTokenizer, usual_padding
 
 DIFFUSERS_VERSION = {"_diffusers_version": "0.35.0"}  # whose model_index.json is written
 # What diffusers calls the classes of each folder, in model_index.json.
@@ -160,7 +161,7 @@ def write_settings(folder: Path, config: ModelConfig, tokenizer: CLIPTokenizer, 
     for component in COMPONENTS:
         stored = configs.WRITERS[component](getattr(config, component))
         if component == "text_encoder":  # added tokens may stand behind the two special tokens
-            ends = {"bos_token_id": START, "eos_token_id": END, "pad_token_id": END}
+            ends = {"bos_token_id": START, "eos_token_id": END, "pad_token_id": tokenizer.pad_token}
             stored |= {name: tokenizer.vocabulary[token] for name, token in ends.items()}
         write_json(folder / component / "config.json", stored)
     write_json(folder / "scheduler" / "scheduler_config.json", {"_class_name": "DDIMScheduler", **config.scheduler})
@@ -178,7 +179,15 @@ def write_single_file(model: Model, file: Path, dtype: torch.dtype | None, title
         for key in keys
     }
     settings = settings_as_metadata(model.config, model.tokenizer, model.generation)
-    write_tensors(file, tensors, modelspec_of(model.config, title) | settings)
+    write_tensors(file, fused(tensors), modelspec_of(model.config, title) | settings)
+
+
+def fused(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same, the thirds of one tensor (OpenCLIP's queries, keys and values, in this order) concatenated."""
+    whole: dict[str, list[Tensor]] = {}
+    for name, tensor in tensors.items():
+        whole.setdefault(fused_name(name)[0], []).append(tensor)
+    return {name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in whole.items()}
 
 
 def settings_as_metadata(
@@ -188,7 +197,8 @@ def settings_as_metadata(
     stored = {component: configs.WRITERS[component](getattr(config, component)) for component in COMPONENTS}
     stored["scheduler"] = dict(config.scheduler)
     metadata = {"minisd.config": json.dumps(stored)}
-    if tokenizer.vocabulary != CLIPTokenizer.clip().vocabulary:
+    usual = CLIPTokenizer.clip(usual_padding(config.text_encoder))
+    if (tokenizer.vocabulary, tokenizer.pad_token) != (usual.vocabulary, usual.pad_token):
         metadata["minisd.tokenizer"] = tokenizer_files.to_json(tokenizer)
     if generation:
         metadata["minisd.generation"] = json.dumps(dict(generation))
@@ -217,4 +227,8 @@ def modelspec(title: str, prediction: str, size: int, kind: str = "") -> dict[st
 def modelspec_of(config: ModelConfig, title: str) -> dict[str, str]:
     """`modelspec` of a whole model."""
     size = config.unet.sample_size * config.vae.downsampling
-    return modelspec(title, str(config.scheduler.get("prediction_type", "epsilon")), size)
+    prediction = str(config.scheduler.get("prediction_type", "epsilon"))
+    spec = modelspec(title, prediction, size)
+    if config.unet.linear_projections:
+        spec["modelspec.architecture"] = f"stable-diffusion-v2-{'768-v' if prediction == 'v_prediction' else '512'}"
+    return spec

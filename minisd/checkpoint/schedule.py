@@ -35,6 +35,7 @@ class Stated:
     tensors: Collection[str]
     metadata: Mapping[str, str]
     beside: Path | None  # the single file, beside which a .yaml may be
+    usual: str | None  # what such a model predicts, if it does not say so
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,9 @@ def understand(stated: Stated, prediction: str | None) -> Schedule:
     notes: list[str] = []
     found = [("prediction=", prediction)] if prediction else []
     found += list(claims(stated, notes))
+    if not found and stated.usual is not None:
+        found = [("as usual for SD 2.x", stated.usual)]
+        notes.append(f"does not say what its UNet predicts: {stated.usual} as usual for SD 2.x (prediction=...)")
     if found:
         settings["prediction_type"] = found[0][1]
         others = [f"{where} says {kind}" for where, kind in found[1:] if kind != found[0][1]]

@@ -13,7 +13,7 @@ import os
 import struct
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 from pathlib import Path
@@ -25,6 +25,7 @@ from minisd.checkpoint.hub import GENERATION_CONFIG, STEMS, index_name, resolve,
 from minisd.checkpoint.infer import INFER
 from minisd.checkpoint.keymap import COMPONENTS, KEYS, Key
 from minisd.checkpoint.naming import (
+    OPENCLIP_MARK,
     TITLES,
     Match,
     Naming,
@@ -221,13 +222,14 @@ def survey(
     path = resolve(source, half=half, weights=weights, component=only)
     found = find_files(path, half=half, weights=weights, only=only)
     sets = {place: files for place, (files, _) in found.items()}
+    flaws: list[str] = []
+    told = told_of_schedule(path, sets, prediction, flaws)
     parts: dict[str, Part] = {}
     for place, (files, config) in found.items():
         wanted = [only or place] if only or place else COMPONENTS
-        parts |= {part.title: part for component in wanted for part in find_parts(component, files, config)}
+        found_parts = (part for component in wanted for part in find_parts(component, files, config, told.prediction))
+        parts |= {part.title: part for part in found_parts}
     others = (stranger(files.tensors) for files in sets.values())
-    flaws: list[str] = []
-    told = told_of_schedule(path, sets, prediction, flaws)
     generation = told_of_generation(path, sets, flaws)
     notes = [note for part in parts.values() for note in part.notes]
     notes += [note for files in sets.values() for note in damaged_ids(files)] + [f"{path}: {n}" for n in told.notes]
@@ -245,7 +247,7 @@ def find(source: str | os.PathLike[str], weights: str = "auto") -> dict[str, Par
     if found.other:
         found.check_family()
     if not found.parts:
-        raise CheckpointError(f"{found.path}: holds no part of Stable Diffusion 1.x")
+        raise CheckpointError(f"{found.path}: holds no part of Stable Diffusion 1.x or 2.x")
     return found.chosen(weights)
 
 
@@ -306,18 +308,18 @@ def described(files: Files) -> str:
 # ---- components --------------------------------------------------------------------------------------------------
 
 
-def find_parts(component: str, files: Files, config: Path | None) -> Iterator[Part]:
+def find_parts(component: str, files: Files, config: Path | None, prediction: str) -> Iterator[Part]:
     """A component under each set of names that it has in the files."""
     for naming in namings(component, files.tensors).values():
         notes: list[str] = []
-        (numbers, flaw), problems = configuration(component, naming, files, config, notes), Problems()
+        (numbers, flaw), problems = configuration(component, naming, files, config, prediction, notes), Problems()
         keys = list(KEYS[component](numbers))
         found = match(keys, files.tensors, naming, problems)
         yield Part(component, numbers, keys, found, problems, files, flaw, tuple(notes))
 
 
 def configuration(
-    component: str, naming: Naming, files: Files, path: Path | None, notes: list[str]
+    component: str, naming: Naming, files: Files, path: Path | None, prediction: str, notes: list[str]
 ) -> tuple[Any, str | None]:
     """The configuration, and why the stated one cannot be used.
 
@@ -336,7 +338,9 @@ def configuration(
     except (TypeError, AttributeError):
         flaw = f"{where}: holds a broken configuration of the {TITLES[component]}"
     try:
-        config = INFER[component](files.tensors, naming)
+        config: Any = INFER[component](files.tensors, naming)
+        if component == "unet" and config.linear_projections and prediction == "v_prediction":
+            config = replace(config, sample_size=96)  # SD 2.x learned v at 768 x 768 pixels
         return configs.build(type(config), vars(config).copy(), f"{files.path}: {TITLES[component]} shapes"), flaw
     except CheckpointError as error:
         message = str(error)
@@ -378,7 +382,7 @@ def told_of_schedule(path: Path, sets: dict[str, Files], prediction: str | None,
         if "" not in sets:
             file = path / SCHEDULER_CONFIG
             own = read_json_object(file) if file.exists() else None
-            told = schedule.understand(schedule.Stated(own, str(file), (), {}, None), prediction)
+            told = schedule.understand(schedule.Stated(own, str(file), (), {}, None, None), prediction)
             # diffusers' pipeline forces these two on whatever schedule it is given, and images depend on them.
             told.settings.update({"clip_sample": False, "steps_offset": 1} if own is not None else {})
             return told
@@ -387,11 +391,30 @@ def told_of_schedule(path: Path, sets: dict[str, Files], prediction: str | None,
         if own is not None and not isinstance(own, dict):
             raise CheckpointError(f"{files.path}: its metadata holds a broken minisd.config")
         beside = None if path.is_dir() else path
-        stated = schedule.Stated(own, f"{files.path} ({OURS})", files.tensors.keys(), files.metadata, beside)
+        stated = schedule.Stated(
+            own, f"{files.path} ({OURS})", files.tensors.keys(), files.metadata, beside, usual_prediction(files)
+        )
         return schedule.understand(stated, prediction)
     except CheckpointError as error:
         flaws.append(str(error))
         return Schedule(dict(SD15.scheduler), (), ())
+
+
+def usual_prediction(files: Files) -> str | None:
+    """What a single file of SD 2.x predicts that does not say so: v, but for inpainting and the 512-pixel models.
+
+    Those were trained on to step 875,000, which some files still tell: diffusers goes by that too.
+    """
+    if OPENCLIP_MARK not in files.tensors:
+        return None
+    conv_in = files.tensors.get("model.diffusion_model.input_blocks.0.0.weight")
+    step = files.tensors.get("global_step")
+    if step is not None and step.end - step.start <= 8:
+        with files.location["global_step"].open("rb") as file:
+            file.seek(step.start)
+            if as_numbers(step.dtype, file.read(step.end - step.start)) == [875_000]:
+                return "epsilon"
+    return "v_prediction" if conv_in is None or conv_in.shape[1:2] == (4,) else "epsilon"
 
 
 def told_of_generation(path: Path, sets: dict[str, Files], flaws: list[str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from minisd.checkpoint.header import Files
+from minisd.checkpoint.header import Files, fused_name
 from minisd.checkpoint.naming import Match
 from minisd.files import CheckpointError
 
@@ -38,9 +38,10 @@ def memory_mapped(path: Path) -> Any:
 
 
 def read_tensor(files: Files, name: str) -> Tensor:
+    whole, third = fused_name(name)
     with memory_mapped(files.location[name]) as file:
-        tensor: Tensor = file.get_tensor(name)
-        return tensor
+        tensor: Tensor = file.get_tensor(whole)
+        return tensor if third is None else tensor.chunk(3)[third]
 
 
 class Values(Mapping[str, Tensor]):
@@ -96,8 +97,9 @@ class Values(Mapping[str, Tensor]):
         path = self.files.location[source]
         if path not in self._opened:
             self._opened[path] = memory_mapped(path)
-        tensor: Tensor = self._opened[path].get_tensor(source)
-        return tensor
+        name, third = fused_name(source)
+        tensor: Tensor = self._opened[path].get_tensor(name)
+        return tensor if third is None else tensor.chunk(3)[third]
 
     def _scaled(self, name: str, values: Tensor, rows: slice) -> Tensor:
         if values.dtype in EIGHT_BITS:

@@ -207,7 +207,9 @@ def load(options: Mapping[str, Any]) -> StableDiffusion:
     """Load the model, as the options say."""
     device, dtype = choose_device_and_dtype(options)
     given = {name: options[name] for name in ("weights", "vae", "tokenizer", "prediction", "engine")}
-    return StableDiffusion.load(options["model"], dtype=dtype, device=device, **given)
+    sd = StableDiffusion.load(options["model"], dtype=dtype, device=device, **given)
+    sd.tile = options["tile"]
+    return sd
 
 
 def choose_device_and_dtype(options: Mapping[str, Any]) -> tuple[str, torch.dtype]:

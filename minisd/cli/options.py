@@ -113,6 +113,9 @@ OPTIONS: dict[str, Any] = {
         default="exact",
         help="How the networks are computed.",
     ),
+    "tile": click.option(
+        "--tile/--no-tile", default=None, help="Decode in tiles, with less memory. [default: above 1024x1024 pixels]"
+    ),
     "steps-dir": click.option("--steps-dir", metavar="FOLDER", help="Also save each step's predicted image."),
     "json": click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON."),
     "quiet": click.option("-q", "--quiet", is_flag=True, help="No progress bar."),
@@ -192,7 +195,7 @@ class PictureCommand(click.Command):
 
 
 MODEL = ("model", "vae", "tokenizer", "weights", "prediction", "lora", "embedding")
-RUN = ("device", "dtype", "engine")
+RUN = ("device", "dtype", "engine", "tile")
 REPORT = ("json", "quiet")
 INVERSION = (
     *("output", *MODEL, "negative", "steps", "guidance", "guidance-rescale", "size", "clip-skip", "long-prompts"),

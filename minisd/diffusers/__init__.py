@@ -12,7 +12,7 @@ errors too.
 from importlib import import_module
 
 from minisd.diffusers.image_processor import VaeImageProcessor
-from minisd.diffusers.models import AutoencoderKL, UNet2DConditionModel, UNet2DModel
+from minisd.diffusers.models import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel, UNet2DModel
 from minisd.diffusers.pipelines import (
     AutoPipelineForImage2Image,
     AutoPipelineForInpainting,
@@ -46,6 +46,7 @@ __all__ = [
     "AutoPipelineForInpainting",
     "AutoPipelineForText2Image",
     "AutoencoderKL",
+    "AutoencoderTiny",
     "CLIPTextModel",
     "CLIPTokenizer",
     "DDIMInverseScheduler",

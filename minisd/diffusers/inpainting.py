@@ -78,7 +78,6 @@ class StableDiffusionInpaintPipeline(StableDiffusionPipeline):
             raise ValueError(f"this UNet takes {channels} channels: inpainting takes 4 or 9")
         own = self._own_size()
         height, width = height or own[0], width or own[1]
-        self._check_tiles(height, width, asked)
         state = self._encoded(prompt, asked)
         context, generator = state["prompt_embeds"], asked.generator
         run = self._first_step(num_inference_steps, asked, strength)

@@ -16,7 +16,6 @@ from torch import Tensor
 from minisd.diffusers.arguments import Asked, Run, check_strength, check_texts, listed, matching
 from minisd.diffusers.assembly import Assembly
 from minisd.diffusers.image_processor import VaeImageProcessor, check_output_type
-from minisd.diffusers.models import AutoencoderKL
 from minisd.diffusers.outputs import Output
 from minisd.diffusers.refusing import NotCoveredError, shortened
 from minisd.diffusers.scheduling import LoopScheduler, own_schedule, step_arguments
@@ -211,7 +210,6 @@ class StableDiffusionPipeline(Assembly):
         self._guidance_rescale = guidance_rescale
         if not height or not width:  # one alone is ignored, as in diffusers
             height, width = self._own_size()
-        self._check_tiles(height, width, asked)
         state = self._encoded(prompt, asked)
         run = self._first_step(num_inference_steps, asked)
         channels, dtype = self.unet.config.in_channels, state["prompt_embeds"].dtype
@@ -225,11 +223,6 @@ class StableDiffusionPipeline(Assembly):
         size = self.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return height * self.vae_scale_factor, width * self.vae_scale_factor
-
-    def _check_tiles(self, height: int, width: int, asked: Asked) -> None:
-        """Refuse tiling before the first step, not after the last."""
-        if asked.output_type != "latent" and isinstance(self.vae, AutoencoderKL):
-            self.vae.check_tiles((height, width), self.vae.config.sample_size)
 
     def _first_step(self, steps: int, asked: Asked, strength: float = 1.0) -> Run:
         """Set the scheduler's timesteps, of which the last `strength` are taken. Raises ValueError for none."""
@@ -357,10 +350,14 @@ class StableDiffusionPipeline(Assembly):
     def _encode_images(self, images: Tensor, generator: Generators) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> scaled latents, sampled. With a list of generators, one by one."""
         if isinstance(generator, Sequence):
-            one_by_one = [
-                self.vae.encode(images[i : i + 1]).latent_dist.sample(generator[i]) for i in range(len(images))
-            ]
+            one_by_one = [sampled(self.vae.encode(images[i : i + 1]), generator[i]) for i in range(len(images))]
             latents = torch.cat(one_by_one)
         else:
-            latents = self.vae.encode(images).latent_dist.sample(generator)
+            latents = sampled(self.vae.encode(images), generator)
         return self.vae.config.scaling_factor * latents
+
+
+def sampled(encoded: Any, generator: Any) -> Tensor:
+    """Latents out of what a VAE's `encode` gave; AutoencoderTiny draws nothing."""
+    latents: Tensor = encoded.latents if "latents" in encoded else encoded.latent_dist.sample(generator)
+    return latents

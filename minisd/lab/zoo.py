@@ -287,7 +287,6 @@ def faults(keeper: Keeper) -> Iterator[Specimen]:
 
 STRANGERS = {
     "SDXL": "conditioner.embedders.0.transformer.text_model.final_layer_norm.bias",
-    "SD 2": "cond_stage_model.model.ln_final.weight",
     "SD 3": "model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight",
     "Flux": "double_blocks.0.img_attn.qkv.weight",
     "ControlNet": "control_model.input_hint_block.0.weight",

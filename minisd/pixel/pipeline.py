@@ -116,7 +116,7 @@ class PixelDiffusion:
         if seed is not None:
             generator = torch.Generator().manual_seed(seed)
         made, predict = self.make_scheduler(scheduler), predict_noise or self.predictor(guidance_scale, labels)
-        set_steps(made, steps or self.steps, self.device)
+        set_steps(made, steps or self.steps)
         height, width = size or self.unet.config.sample_size or (32, 32)
         count = images if classes is None else len(classes)
         shape = torch.Size((count, self.unet.config.in_channels, height, width))
@@ -125,8 +125,8 @@ class PixelDiffusion:
         @torch.no_grad()
         def loop() -> Iterator[Step]:
             x = draw_noise(shape, generator, self.device, self.unet.conv_in.weight.dtype) * made.init_noise_sigma
-            for index, t in enumerate(made.timesteps):
-                eps = predict(made.scale_model_input(x, t), t, classes)
+            for index, (t, on_device) in enumerate(zip(made.timesteps, made.timesteps.to(self.device), strict=True)):
+                eps = predict(made.scale_model_input(x, t), on_device, classes)
                 result = made.step(eps, t, x, eta=eta, generator=generator, **extra)
                 x = result.prev_sample
                 yield Step(index, int(t), x, result.pred_original_sample)

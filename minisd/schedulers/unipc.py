@@ -100,7 +100,8 @@ class UniPCMultistepScheduler(ExponentialScheduler):
             differences.append((outputs[-1 - back] - newest) / ratio)
         hh = -h if self.predict_x0 else h
         b_h = hh if self.solver_type == "bh1" else torch.expm1(hh)
-        rho = self._rho(torch.stack([*ratios, torch.ones(())]), hh, b_h, predicts=at_end is None).to(x.device, x.dtype)
+        rho = self._rho(torch.stack([*ratios, torch.ones(())]), hh, b_h, predicts=at_end is None)
+        rho = rho.to(x.device, x.dtype, non_blocking=True)
 
         total: Any = 0
         if differences:

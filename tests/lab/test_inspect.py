@@ -113,7 +113,7 @@ def test_loras_are_told_apart(tmp_path, dialect):
 STRANGERS = {
     "SDXL": "conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight",
     "SD 3 or Flux": "model.diffusion_model.joint_blocks.0.context_block.attn.qkv.weight",
-    "SD 2.x (its text encoder is OpenCLIP)": "cond_stage_model.model.ln_final.weight",
+    "SD 2's depth model": "depth_model.model.pretrained.cls_token",
     "a ControlNet": "control_model.input_hint_block.0.weight",
     "a TAESD autoencoder": "taesd_decoder.1.weight",
     "a textual inversion embedding": "emb_params",

@@ -67,16 +67,6 @@ def test_impossible_arguments_are_found_by_check_inputs(pair):
     assert image.run_safety_checker(picture, "cpu", torch.float32) == (picture, None)
 
 
-def test_tiling_is_refused_before_the_steps(pair):
-    mine = dialect.StableDiffusionPipeline.from_pipe(pair[1])
-    steps = []
-    mine.vae.enable_tiling()
-    with pytest.raises(dialect.NotCoveredError, match="pictures above 64 pixels"):
-        mine("a cat", 128, 128, num_inference_steps=2, callback=lambda *step: steps.append(step))
-    mine.vae.disable_tiling()
-    assert not steps
-
-
 # ------------------------------------------------ parts
 
 

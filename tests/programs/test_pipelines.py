@@ -1,5 +1,6 @@
 """The three pipelines, argument by argument, against diffusers': pixel for pixel, on the narrow twin."""
 
+import copy
 import json
 import shutil
 
@@ -457,8 +458,6 @@ def test_calls_that_save_memory(both):
     assert np.array_equal(before, after)
     sliced = mine.vae.decode(torch.ones(2, 4, 8, 8)).sample
     assert torch.equal(sliced[:1], mine.vae.decode(torch.ones(1, 4, 8, 8)).sample)
-    with pytest.raises(NotImplementedError, match="enable_vae_tiling: pictures above 64 pixels"):
-        mine.vae.decode(torch.ones(1, 4, 8, 9))
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="cannot be used here"):
             mine.enable_model_cpu_offload()
@@ -467,6 +466,19 @@ def test_calls_that_save_memory(both):
     mine.disable_vae_slicing()
     mine.disable_vae_tiling()
     assert not mine.vae.use_slicing and not mine.vae.use_tiling
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_tiles_are_blended_as_theirs(both, dtype):
+    theirs, mine = (copy.deepcopy(pipe.vae).to(dtype) for pipe in both("text"))
+    z, images = torch.randn(2, 4, 19, 9).to(dtype), torch.randn(1, 3, 72, 136).to(dtype)
+    whole = mine.decode(z).sample
+    for vae in (theirs, mine):
+        vae.enable_tiling()
+    assert torch.equal(mine.decode(z).sample, theirs.decode(z).sample)
+    assert torch.equal(mine.encode(images).latent_dist.mean, theirs.encode(images).latent_dist.mean)
+    assert not torch.equal(mine.decode(z).sample, whole)
 
 
 @torch.no_grad()

@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 
 import minisd
 import minisd.tokenizer
+from minisd.checkpoint import values
 from minisd.checkpoint.hub import STEMS
 from minisd.checkpoint.keymap import COMPVIS_PREFIX, ema_name, unet_keys, vae_keys
 from minisd.checkpoint.naming import IGNORABLE, ignorable
+from minisd.checkpoint.values import Values
 from minisd.pipeline import StableDiffusion
 from tests.unit.tiny import TOKENIZER, UNET, VAE_CONFIG, compvis_tensors, equal, tiny_model
 
@@ -269,6 +271,15 @@ def test_prediction_hints(compvis, tmp_path):
     assert scheduler.prediction_type == "v_prediction" and scheduler.rescale_betas_zero_snr
 
 
+def test_casting_reads_pieces_only(model, tmp_path, monkeypatch):
+    """Else the file's pages are in memory beside the weights that are made of them."""
+    model.save(tmp_path / "model")
+    monkeypatch.setattr(values, "PIECE", 100)
+    monkeypatch.setattr(Values, "_stored", lambda self, name: pytest.fail(f"{name} is read whole"))
+    cast = StableDiffusion.load(tmp_path / "model", dtype=torch.float16)
+    assert all(torch.equal(weight, model.state()[name].half()) for name, weight in cast.state().items())
+
+
 def test_mixed_dtypes(model, compvis, tmp_path):
     dtypes = {"model": torch.float16, "first_stage_model": torch.bfloat16, "cond_stage_model": torch.float32}
     mixed = {name: tensor.to(dtypes[name.partition(".")[0]]) for name, tensor in compvis.items()}
@@ -343,7 +354,7 @@ def test_another_vae(model, compvis, folder, tmp_path):
 
 STRANGERS = {
     "SDXL": {"conditioner.embedders.0.transformer.x": (1,), "model.diffusion_model.label_emb.0.0.weight": (1,)},
-    "SD 2": {"cond_stage_model.model.transformer.resblocks.0.ln_1.weight": (1,)},
+    "SD 2's upscaler": {"low_scale_model.betas": (1,)},
     "SD 3": {"model.diffusion_model.joint_blocks.0.x": (1,)},
     "LoRA": {"lora_unet_a.lora_down.weight": (1,), "lora_unet_a.lora_up.weight": (1,), "lora_unet_a.alpha": ()},
     "ControlNet": {"control_model.input_blocks.0.0.weight": (1,)},
@@ -362,7 +373,7 @@ def test_strangers_are_refused_by_name(tmp_path, name):
 
 def test_wide_cross_attention_is_another_family(compvis, tmp_path):
     """SD 2.x and SDXL UNets have SD 1.x's names, and text of width 1024 and 2048."""
-    for width, family in ((1024, "SD 2"), (2048, "SDXL")):
+    for width, family in ((1024, "the UNet expects text of width 1024"), (2048, "SDXL")):
         to_context = [name for name in compvis if ".attn2.to_k" in name or ".attn2.to_v" in name]
         wide = compvis | {name: torch.zeros(len(compvis[name]), width) for name in to_context}
         with pytest.raises(minisd.CheckpointError, match=family):
@@ -423,10 +434,11 @@ def edit_json(path, **changes):
     ("file", "changes", "word"),
     (
         ("unet/config.json", {"resnet_out_scale_factor": 1.4}, "resnet_out_scale_factor"),
-        ("unet/config.json", {"use_linear_projection": True}, "use_linear_projection"),
+        ("unet/config.json", {"use_linear_projection": "yes"}, "linear_projections"),
         ("unet/config.json", {"norm_eps": "small"}, "norm_eps"),
         ("unet/config.json", {"block_out_channels": [32, 32]}, "disagree"),
-        ("unet/config.json", {"attention_head_dim": [5, 10, 20, 20]}, "differs between levels"),
+        ("unet/config.json", {"attention_head_dim": [5, 10, 20, 20]}, "does not divide"),
+        ("unet/config.json", {"attention_head_dim": [1, 2]}, "for 4 levels"),
         ("unet/config.json", {"norm_num_groups": 7}, "does not divide"),
         ("unet/config.json", {"cross_attention_dim": 32}, "of another shape"),
         ("unet/config.json", {"down_block_types": ["AttnDownBlock2D"] * 4}, "AttnDownBlock2D"),

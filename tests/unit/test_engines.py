@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import minisd
 from minisd import backends
@@ -40,6 +42,23 @@ def test_attention_by_rows_in_blocks_of_any_size(monkeypatch):
     q, k, v = torch.randn(2, 3, 21, 8), torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 8)
     monkeypatch.setattr(attention, "BLOCK", 7 * 4)  # four rows, and one that is left over
     torch.testing.assert_close(attention.by_rows(q, k, v), F.scaled_dot_product_attention(q, k, v))
+
+
+def test_attention_without_a_fused_kernel_never_holds_all_scores():
+    """Shapes alone, on the meta device: there is none of those devices here."""
+
+    class Largest(TorchDispatchMode):
+        numbers = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **kwargs or {})
+            self.numbers = max(self.numbers, *(one.numel() for one in tree_leaves(result) if torch.is_tensor(one)))
+            return result
+
+    q = torch.empty(2, 2, 16384, 40, device="meta")
+    with Largest() as seen:
+        assert attention.attend(q, q, q).shape == q.shape
+    assert seen.numbers == q.numel()
 
 
 def test_attention_in_bfloat16_is_about_as_close_as_torchs_kernel():

@@ -7,8 +7,10 @@ from PIL import Image
 
 import minisd
 from minisd.pipeline import rescale_guidance, to_pictures
+from minisd.sampling import Step
 from minisd.schedulers import DDIMScheduler, DDPMScheduler, named
 from minisd.tasks import finish, image_to_image, mean_latents
+from minisd.warn import watched
 from tests.unit.tiny import tiny_model
 
 NAN = float("nan")
@@ -25,6 +27,24 @@ def test_images_and_latents_are_told(value):
     assert np.asarray(picture).max() == 0
     with pytest.warns(minisd.NonFiniteWarning) as caught:  # once for all steps
         list(sd.denoise("x", steps=4, seed=1))
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_an_accelerator_is_asked_at_the_end(left, monkeypatch):
+    """In the place of one: latents that say so."""
+
+    class Elsewhere(torch.Tensor):
+        device = torch.device("cuda")
+
+    latents = [torch.zeros(1).as_subclass(Elsewhere), *(torch.full((1,), NAN).as_subclass(Elsewhere) for _ in range(2))]
+    steps = watched(Step(index, 10 * index, one, one) for index, one in enumerate(latents))
+    asked = []
+    monkeypatch.setattr(Elsewhere, "__bool__", lambda self: asked.append(self) or bool(self.as_subclass(torch.Tensor)))
+    next(steps), next(steps)
+    assert not asked
+    with pytest.warns(minisd.NonFiniteWarning, match="step 2 \\(timestep 10\\)") as caught:
+        steps.close() if left else list(steps)
     assert len(caught) == 1
 
 

@@ -82,10 +82,10 @@ def test_the_parser_sees_what_is_there():
 # longest name that fits says where a module belongs.
 FLOORS = (
     ("minisd", "minisd.files", "minisd.checks", "minisd.config", "minisd.noise", "minisd.notebook"),
-    ("minisd.layers", "minisd.schedulers", "minisd.tokenizer", "minisd.checkpoint.keymap"),
+    ("minisd.layers", "minisd.tiling", "minisd.schedulers", "minisd.tokenizer", "minisd.checkpoint.keymap"),
     ("minisd.unet", "minisd.vae", "minisd.text_encoder", "minisd.sampling", "minisd.context", "minisd.metadata"),
     ("minisd.checkpoint",),
-    ("minisd.pixel",),
+    ("minisd.pixel", "minisd.tiny_vae"),
     (
         "minisd.adapters",
         "minisd.lab.hooks",

@@ -11,6 +11,8 @@ import torch
 import minisd
 from minisd.pipeline import StableDiffusion, to_pictures
 from minisd.sampling import Step
+from minisd.schedulers import NAMES
+from minisd.tokenizer import CLIPTokenizer
 from tests.ids import stable_id
 from tests.unit.tiny import equal, tiny_model
 
@@ -152,6 +154,42 @@ def test_a_generator_goes_on(sd):
     generator = seeded(5)
     first, second = (sd.text_to_image("cat", steps=1, generator=generator) for _ in range(2))
     assert not same(first, second)
+
+
+@pytest.mark.parametrize("scheduler", NAMES)
+def test_no_step_waits_for_an_accelerator(scheduler, monkeypatch):
+    """On the meta device in its place: there every reading of a value is an error, since there is none."""
+    sd = tiny_model()
+    for module in sd.modules.values():
+        module.to("meta")
+    monkeypatch.setattr("minisd.warn.tell_first", lambda asked: False)  # the one question, after the last step
+    settings = {"steps": 5, "eta": 0.5 if scheduler == "ddim" else 0, "generator": torch.Generator()}
+    latents = torch.zeros(2, 4, 8, 8, device="meta")
+    *_, last = sd.denoise("cat", scheduler=scheduler, latents=latents, images_per_prompt=2, **settings)
+    assert last.latents.device.type == "meta" and isinstance(last.timestep, int)
+
+
+def test_the_prompt_is_tokenized_once(sd, monkeypatch):
+    asked, ids = [], CLIPTokenizer.ids
+    monkeypatch.setattr(CLIPTokenizer, "ids", lambda self, text: asked.append(text) or ids(self, text))
+    next(sd.denoise("cat", negative_prompt="red", guidance_scale=2, steps=1))
+    assert sorted(asked) == ["cat", "red"]
+
+
+def test_large_images_are_decoded_in_tiles(sd, monkeypatch):
+    latents, sizes, decode = torch.randn(1, 4, 12, 9), [], sd.vae.decode
+    monkeypatch.setattr(sd.vae, "decode", lambda z: sizes.append(z.shape[2:]) or decode(z))
+    for from_, tile, tiled in (
+        (10**9, None, False),
+        (12 * 9 * 64 - 1, None, True),
+        (0, False, False),
+        (10**9, True, True),
+    ):
+        monkeypatch.setattr("minisd.pipeline.TILED_FROM", from_)
+        monkeypatch.setattr(sd, "tile", tile)
+        sizes.clear()
+        assert sd.decode(latents).shape == (1, 3, 96, 72)
+        assert sizes == ([(8, 8), (8, 3), (6, 8), (6, 3)] if tiled else [(12, 9)])
 
 
 def test_a_seed_leaves_the_global_generator_alone(sd):

@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from minisd import layers, unet
@@ -154,11 +153,12 @@ class BasicTransformerBlock(nn.Module):
 class Transformer2DModel(nn.Module):
     """`minisd.unet.SpatialTransformer`."""
 
-    use_linear_projection, is_input_continuous = False, True
+    is_input_continuous = True
 
     def __init__(self, core: unet.SpatialTransformer) -> None:
         super().__init__()
-        self.in_channels = self.inner_dim = core.proj_in.in_channels
+        self.use_linear_projection = isinstance(core.proj_in, nn.Linear)
+        self.in_channels = self.inner_dim = core.proj_in.weight.shape[1]
         self.norm, self.proj_in = core.norm, core.proj_in
         self.transformer_blocks = nn.ModuleList([BasicTransformerBlock(core)])
         self.proj_out = core.proj_out
@@ -177,7 +177,7 @@ class Transformer2DModel(nn.Module):
     ) -> Any:
         """(B, C, H, W), context (B, T, D) -> `.sample` (B, C, H, W)."""
         height = hidden_states.shape[2]
-        x = rearrange(self.proj_in(self.norm(hidden_states)), "b c h w -> b (h w) c")  # (B, HW, C)
+        x = unet.to_sequence(self.proj_in, self.norm(hidden_states))  # (B, HW, C)
         for block in self.transformer_blocks:
             x = block(
                 x,
@@ -188,8 +188,7 @@ class Transformer2DModel(nn.Module):
                 cross_attention_kwargs=cross_attention_kwargs,
                 class_labels=class_labels,
             )
-        x = rearrange(x, "b (h w) c -> b c h w", h=height)  # (B, C, H, W)
-        x = self.proj_out(unet.like_layout(x, hidden_states)) + hidden_states
+        x = unet.to_map(self.proj_out, x, height, hidden_states) + hidden_states  # (B, C, H, W)
         return output(return_dict, sample=x)
 
 

@@ -1,6 +1,7 @@
 """`AutoencoderKL`: minisd's VAE as diffusers' tree."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from minisd.diffusers.models.blocks import (
 from minisd.diffusers.models.network import Format, Network
 from minisd.diffusers.models.unet import in_turn, leaves
 from minisd.diffusers.outputs import output
-from minisd.diffusers.refusing import NotCoveredError
+from minisd.tiling import in_tiles
 
 
 class DiagonalGaussianDistribution(vae.Gaussian):
@@ -112,15 +113,13 @@ class AutoencoderKL(Network, HasAttention):
 
     def encode(self, x: Tensor, return_dict: bool = True) -> Any:
         """Images (B, 3, H, W) in [-1, 1] -> `.latent_dist` over latents (B, 4, H/8, W/8), unscaled."""
-        self.check_tiles(x.shape[-2:], self.config.sample_size)
-        moments = self.sliced(lambda images: self.quant_conv(self.encoder(images)), x)
+        moments = self.sliced(lambda images: self.quant_conv(self.encoder(images)), x, self.tiles())
         return output(return_dict, latent_dist=DiagonalGaussianDistribution(moments))
 
     def decode(self, z: Tensor, return_dict: bool = True, generator: Any = None) -> Any:
         """Unscaled latents (B, 4, H/8, W/8) -> `.sample` (B, 3, H, W). `generator` is not used, there as here."""
-        factor = 2 ** (len(self.config.block_out_channels) - 1)
-        self.check_tiles((factor * size for size in z.shape[-2:]), self.config.sample_size)
-        return output(return_dict, sample=self.sliced(lambda one: self.decoder(self.post_quant_conv(one)), z))
+        sample = self.sliced(lambda one: self.decoder(self.post_quant_conv(one)), z, self.tiles()[::-1])
+        return output(return_dict, sample=sample)
 
     def forward(
         self, sample: Tensor, sample_posterior: bool = False, return_dict: bool = True, generator: Any = None
@@ -129,14 +128,14 @@ class AutoencoderKL(Network, HasAttention):
         dist = self.encode(sample).latent_dist
         return self.decode(dist.sample(generator) if sample_posterior else dist.mode(), return_dict)
 
-    def sliced(self, network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """One picture at a time after `enable_slicing`, which may round differently, else all at once."""
-        return torch.cat([network(one) for one in x.split(1)]) if self.use_slicing and len(x) > 1 else network(x)
+    def sliced(self, network: Callable[[Tensor], Tensor], x: Tensor, sides: tuple[int, int]) -> Tensor:
+        """One picture at a time after `enable_slicing`, else all at once; after `enable_tiling` in tiles of `sides`."""
+        run = partial(in_tiles, network, side=sides[0], out_side=sides[1]) if self.use_tiling else network
+        return torch.cat([run(one) for one in x.split(1)]) if self.use_slicing and len(x) > 1 else run(x)
 
-    def check_tiles(self, size: Iterable[int], tile: int) -> None:
-        """What fits into one tile is the same with tiling and without; more is blended in diffusers, and not here."""
-        if self.use_tiling and max(size) > tile:
-            raise NotCoveredError(f"enable_vae_tiling: pictures above {self.config.sample_size} pixels are not covered")
+    def tiles(self) -> tuple[int, int]:
+        """The side of a tile in pixels, and in latents."""
+        return self.config.sample_size, self.config.sample_size // 2 ** (len(self.config.block_out_channels) - 1)
 
     def enable_slicing(self) -> None:
         self.use_slicing = True

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from minisd.checkpoint.header import Files, TensorInfo
+from minisd.checkpoint.header import Files, TensorInfo, fused_name
 from minisd.checkpoint.keymap import COMPONENTS
 from minisd.checkpoint.naming import TITLES, ignorable
 from minisd.checkpoint.survey import AVERAGED, Part, Survey, survey
@@ -61,7 +61,7 @@ def inspect(source: str | os.PathLike[str]) -> Report:
         path=str(found.path),
         what=what_it_is(found, parts, names),
         bytes=size,
-        tensors=sum(len(files.tensors) for files in sets),
+        tensors=sum(len({fused_name(name)[0] for name in files.tensors}) for files in sets),
         parts=parts,
         leftovers=group(leftovers(sets, parts.values())),
         metadata={key: value for files in sets for key, value in files.metadata.items()},
@@ -103,6 +103,12 @@ def what_it_is(found: Survey, parts: Mapping[str, Part], names: Mapping[str, Ten
     return name_of(parts, names) + (", a folder in diffusers' layout" if found.layout == "diffusers" else "")
 
 
+def is_sd2(parts: Mapping[str, Part]) -> bool:
+    """Whether one of the components says so."""
+    unet, text = parts.get("unet") or parts.get(AVERAGED), parts.get("text_encoder")
+    return bool((unet and unet.config.linear_projections) or (text and text.config.openclip))
+
+
 def name_of(parts: Mapping[str, Part], names: Mapping[str, TensorInfo]) -> str:
     """`Stable Diffusion 1.x for inpainting, raw and averaged (EMA) weights`."""
     unet = parts.get("unet") or parts.get(AVERAGED)
@@ -113,7 +119,8 @@ def name_of(parts: Mapping[str, Part], names: Mapping[str, TensorInfo]) -> str:
     kind = KINDS.get(unet.config.in_channels, f" with {unet.config.in_channels} channels in") if unet else ""
     both = {name for name in parts if name.startswith("unet")}
     sets = {1: "" if "unet" in both else ", averaged (EMA) weights only", 2: ", raw and averaged (EMA) weights"}
-    whole = "Stable Diffusion 1.x" + kind + sets.get(len(both), "")
+    family = "2.x" if is_sd2(parts) else "1.x"
+    whole = f"Stable Diffusion {family}" + kind + sets.get(len(both), "")
     if len(present) == len(COMPONENTS):
         return whole
     only = " and ".join(TITLES[component] for component in present)

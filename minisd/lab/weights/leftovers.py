@@ -87,7 +87,7 @@ def are_implied(
     checkpoint: Checkpoint, metadata: Mapping[str, str], entries: Sequence[Entry], others: Collection[str]
 ) -> bool:
     """Would a reader of these tensors alone come to the same configuration and schedule?"""
-    told = understand(Stated(None, "", others, metadata, None), None)
+    told = understand(Stated(None, "", others, metadata, None, None), None)
     return checkpoint.scheduler == told.settings and all(
         inferred(component, entries) == part.config for component, part in checkpoint.components.items()
     )

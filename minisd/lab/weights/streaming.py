@@ -14,7 +14,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from minisd.checkpoint.header import DTYPE_BITS, Files, read_header
+from minisd.checkpoint.header import DTYPE_BITS, Files, fused_name, read_header
 from minisd.checkpoint.values import DTYPES, Values
 
 PIECE = 1_000_000  # bytes copied at a time: what fits into a processor's cache is copied fastest
@@ -56,13 +56,25 @@ class Made:
 
 
 @dataclass(frozen=True)
+class Joined:
+    """Several, one behind the other."""
+
+    parts: "Sequence[Copy | Made | Joined]"
+
+    def write(self, out: BinaryIO, advance: Callable[[int], object]) -> None:
+        """Append all bytes to `out`."""
+        for part in self.parts:
+            part.write(out, advance)
+
+
+@dataclass(frozen=True)
 class Entry:
     """One tensor of the new file."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    values: Copy | Made
+    values: "Copy | Made | Joined"
 
     @property
     def bytes(self) -> int:
@@ -92,6 +104,7 @@ def write_file(
     path: Path, entries: Sequence[Entry], metadata: Mapping[str, str], advance: Callable[[int], object] = lambda _: None
 ) -> None:
     """Write a safetensors file, then read its header back. Raises ValueError for a name that comes twice."""
+    entries = fused(entries)
     if len({one.name for one in entries}) != len(entries):
         raise ValueError(f"{path}: a name would be there twice")
     header, position = described(entries, metadata)
@@ -102,6 +115,24 @@ def write_file(
     size = len(header) + position
     if path.stat().st_size != size or len(read_header(path).tensors) != len(entries):
         raise OSError(f"{path}: was not written as planned: {path.stat().st_size:,} bytes instead of {size:,}")
+
+
+def fused(entries: Sequence[Entry]) -> list[Entry]:
+    """The same, the thirds of one tensor (OpenCLIP's queries, keys and values) joined. All have one dtype."""
+    whole: dict[str, list[Entry]] = {}
+    for one in entries:
+        whole.setdefault(fused_name(one.name)[0], []).append(one)
+    return [
+        group[0]
+        if group[0].name == name
+        else Entry(
+            name,
+            group[0].dtype,
+            (sum(one.shape[0] for one in group), *group[0].shape[1:]),
+            Joined([one.values for one in sorted(group, key=lambda one: fused_name(one.name)[1] or 0)]),
+        )
+        for name, group in whole.items()
+    ]
 
 
 def described(entries: Iterable[Entry], metadata: Mapping[str, str]) -> tuple[bytes, int]:
