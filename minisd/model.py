@@ -16,6 +16,7 @@ from minisd.backends import check_engine, prepare
 from minisd.checkpoint.load import build, open_checkpoint, read_tokenizer, usable_device
 from minisd.checkpoint.save import Model, save
 from minisd.config import ModelConfig
+from minisd.notebook import table
 from minisd.text_encoder import TextEncoder
 from minisd.tiny_vae import TinyVAE, is_tiny_vae, load_tiny_vae
 from minisd.tokenizer import CLIPTokenizer
@@ -118,6 +119,13 @@ class LatentDiffusionModel:
     @property
     def dtype(self) -> torch.dtype:
         return self.unet.conv_in.weight.dtype
+
+    def _repr_html_(self) -> str:
+        """In a notebook: its parts, and what it is recommended to be used with."""
+        rows = {name: sum(weight.numel() for weight in part.parameters()) for name, part in self.modules.items()}
+        told: dict[str, Any] = {f"{name}, parameters": count for name, count in rows.items()}
+        told |= {"dtype": self.dtype, "device": self.device, "scheduler": self.scheduler_config.get("_class_name", "?")}
+        return table(f"{type(self).__name__} {self.origin.get('source', '')}", told | self.generation)
 
     def state(self) -> dict[str, Tensor]:
         """Every weight by name, "unet.down.4.attention.cross_attn.q.weight": the model's own memory, to write into."""

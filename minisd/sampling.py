@@ -4,6 +4,7 @@
 `Sampling`. Back to the walk: `pipeline.py`.
 """
 
+import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from numbers import Real
@@ -32,6 +33,18 @@ class Step:
     timestep: int  # the timestep that the UNet was called with: falling, from about 1000 towards 0
     latents: Tensor  # x_{t-1}: (B, 4, H/8, W/8), after the step
     x0: Tensor  # x0-hat, the predicted clean latents (B, 4, H/8, W/8): to_pictures(sd.decode(step.x0)) is a preview
+
+    def _repr_png_(self) -> bytes:
+        """In a notebook: the channels of the first x0-hat side by side, from black, the least, to white."""
+        from PIL import Image
+
+        rows = self.x0[0].detach().float().cpu().permute(1, 0, 2).flatten(1)  # (H/8, 4 * W/8)
+        low, high = rows.min(), rows.max()
+        levels = ((rows - low) / (high - low).clamp(min=1e-12) * 255).round().byte().numpy()
+        larger, file = max(1, 128 // len(levels)), io.BytesIO()
+        image = Image.fromarray(levels)
+        image.resize((image.width * larger, image.height * larger), 0).save(file, "PNG")
+        return file.getvalue()
 
 
 class Settings(TypedDict, total=False):

@@ -26,7 +26,7 @@ def missing_references() -> list[str]:
 
 # What takes seconds a test: trained models, whole images, browsers, other processes.
 SLOW = """
-adapters/ explain/ pages/ programs/test_parts programs/test_pipelines programs/test_programs tasks/ training/
+adapters/ explain/ pages/ studio/ programs/test_parts programs/test_pipelines programs/test_programs tasks/ training/
 lab/parity/test_bundle lab/parity/test_plugin lab/parity/test_proof lab/parity/test_report lab/parity/test_sides
 lab/test_convert lab/test_finite lab/test_merge lab/test_selftest lab/test_surgery lab/test_taps lab/test_zoo
 parity/test_ledger parity/test_pipeline parity/test_teeth unit/test_embedded_model unit/test_hub unit/test_references

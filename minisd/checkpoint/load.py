@@ -22,6 +22,7 @@ from minisd.checkpoint.survey import Part, Survey, check_fit, check_tokenizer, d
 from minisd.checkpoint.values import Values
 from minisd.config import ModelConfig
 from minisd.files import CheckpointError
+from minisd.notebook import table
 from minisd.tokenizer import CLIPTokenizer, usual_padding
 
 Source = str | os.PathLike[str]
@@ -44,6 +45,11 @@ class Checkpoint:
     def config(self) -> ModelConfig:
         parts = {name: component.config for name, component in self.components.items()}
         return ModelConfig(**parts, scheduler=self.scheduler)
+
+    def _repr_html_(self) -> str:
+        """In a notebook: where it lies, and what is in it."""
+        scheduler = {name: value for name, value in self.scheduler.items() if not isinstance(value, list)}
+        return table(str(self.path), {"components": ", ".join(self.components), **scheduler, **self.generation})
 
 
 def open_checkpoint(

@@ -31,6 +31,7 @@ from minisd.lab.hooks import Listener, silenced
 from minisd.lab.names import module_names
 from minisd.lab.sources import source_of
 from minisd.layers import Attention, ResnetBlock
+from minisd.notebook import table
 from minisd.text_encoder import TextEncoder
 from minisd.unet import SpatialTransformer, TimeEmbedding, UNet
 from minisd.vae import VAE
@@ -140,6 +141,11 @@ class Taps:
     def __getitem__(self, name: str) -> list[Reading]:
         names = {point.name for point in self.find(name)}
         return [reading for reading in self.readings if reading.name in names]
+
+    def _repr_html_(self) -> str:
+        """In a notebook: what was read."""
+        rows = [(one.name, one.step, one.shape, one.mean, one.std, one.absmax) for one in self.readings]
+        return table(f"{len(rows):,} readings", rows, ("tap", "step", "shape", "mean", "std", "absmax"))
 
     # ---- opening and closing
 

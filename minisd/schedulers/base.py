@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from minisd.checks import check_schedule, require, whole
+from minisd.notebook import curve, table
 from minisd.schedulers import equations
 from minisd.schedulers.settings import Configured
 
@@ -97,6 +98,13 @@ class Scheduler(Configured):
         arguments = {name: getattr(self, name) for name in self._arguments()}
         check_schedule(arguments, self.beta_schedules, self.timestep_spacings)
         self.num_train_timesteps, self.steps_offset = int(self.num_train_timesteps), int(self.steps_offset)
+
+    def _repr_html_(self) -> str:
+        """In a notebook: the settings, and alpha-bar over the timesteps with those that are visited."""
+        marks = [int(t) for t in self.timesteps.flatten().tolist()[:200]] if self.num_inference_steps else []
+        inside = sorted({min(max(mark, 0), self.num_train_timesteps - 1) for mark in marks})
+        settings = {name: value for name, value in self.config.items() if not name.startswith("_")}
+        return table(type(self).__name__, settings, after=curve(self.alphas_cumprod.tolist(), inside))
 
     # ------------------------------------------------ noise levels
 

@@ -18,6 +18,8 @@ import math
 from dataclasses import KW_ONLY, asdict, dataclass, field
 from typing import Any
 
+from minisd.notebook import table
+
 SAME = "same function"
 PRECISION = "same function, other precision"
 DIFFERENT = "different function"
@@ -140,6 +142,11 @@ class Verdict:
 
     def rung(self, name: str) -> Rung:
         return next(rung for rung in self.rungs if rung.name == name)
+
+    def _repr_html_(self) -> str:
+        """In a notebook: the sentence, the ladder, and the culprits among the modules."""
+        rows = [(one.name, one.status, one.note) for one in (*self.rungs, *(p for p in self.pairs if p.culprit))]
+        return table(f"{self.word}: {self.sentence}", rows, ("where", "verdict", "note"))
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: infinities, which JSON does not have, become the strings "inf" and "nan"."""
