@@ -1,7 +1,9 @@
-"""How things show themselves in a notebook: tables, and a progress bar. This file needs the standard library only.
+"""How things show themselves in a notebook: tables, and a progress bar.
 
-for step in progress(sd.denoise("red heart", steps=10, seed=1), 10):
-    print(step.index)
+    for step in progress(sd.denoise("red heart", steps=10, seed=1), 10):
+        print(step.index)
+
+This file needs the standard library only.
 """
 
 import html

@@ -3,6 +3,7 @@
 2.4 million numbers instead of 84: pictures are a little softer and come in a fraction of the time. Its latents
 are those of the loop: nothing is scaled, and nothing is drawn at random.
 
+    # not run: needs the weights
     sd = StableDiffusion.load("sd15", vae="taesd_decoder.safetensors")
 """
 

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from minisd.checkpoint.keymap import ema_name, model_keys
+from minisd.checkpoint.keymap import COMPVIS_PREFIX, ema_name, model_keys
 from minisd.checkpoint.naming import TEXT_PREFIX
 from minisd.checkpoint.save import settings_as_metadata
 from minisd.config import SD15
@@ -101,9 +101,8 @@ def write_zoo(folder: str | os.PathLike[str]) -> list[Specimen]:
 def compvis_tensors(sd: StableDiffusion) -> Tensors:
     """The model under CompVis' names."""
     state = sd.state()
-    prefixes = {"unet": UNET, "vae": VAE_PREFIX, "text_encoder": TEXT}
     return {
-        prefixes[component] + key.compvis: state[f"{component}.{key.minisd}"].reshape(key.compvis_shape)
+        COMPVIS_PREFIX[component] + key.compvis: state[f"{component}.{key.minisd}"].reshape(key.compvis_shape)
         for component, keys in model_keys(sd.config).items()
         for key in keys
     }

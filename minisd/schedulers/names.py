@@ -25,7 +25,6 @@ class Row(NamedTuple):
 NAMES: dict[str, Row] = {
     "ddim": Row("ddim", "DDIMScheduler", {}, "DDIM", "ddim"),
     "ddpm": Row("ddpm", "DDPMScheduler", {}, "", "ddpm"),
-    "ddpm_large": Row("ddpm", "DDPMScheduler", {"variance_type": "fixed_large"}, "", ""),
     "pndm": Row("pndm", "PNDMScheduler", {"skip_prk_steps": True}, "PLMS", ""),
     "lms": Row("lms", "LMSDiscreteScheduler", {}, "LMS", "lms"),
     "euler": Row("euler", "EulerDiscreteScheduler", {}, "Euler", "euler"),
@@ -39,6 +38,7 @@ NAMES: dict[str, Row] = {
     ),
     "unipc": Row("unipc", "UniPCMultistepScheduler", {}, "UniPC", "uni_pc_bh2", ("uni_pc",)),
     "lcm": Row("lcm", "LCMScheduler", {}, "LCM", "lcm"),
+    "ddpm_large": Row("ddpm", "DDPMScheduler", {"variance_type": "fixed_large"}, "", ""),  # sigma-hat of the DDIM paper
 }
 # What may stand behind a name: how sigmas are spaced.
 SPACINGS = {

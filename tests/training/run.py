@@ -45,7 +45,7 @@ def main(kind: str, folder: Path, steps: int, stop: int) -> None:
     with gather_team() as team:
         if kind == "classes":
             pictures = torch.randint(0, 256, (20, 1, 32, 32), generator=torch.Generator().manual_seed(1))
-            settings = Namespace(steps=steps, batch=BATCH, lr=1e-3, save_every=3)
+            settings = Namespace(start=None, steps=steps, batch=BATCH, lr=1e-3, save_every=3)
             train_classes(team, folder, (pictures.to(torch.uint8), torch.arange(20) % 10), settings, show)
         elif kind in ("text", "v"):
             mean = torch.randn(16, 4, 8, 8, generator=torch.Generator().manual_seed(1))
