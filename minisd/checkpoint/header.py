@@ -10,10 +10,11 @@ import json
 import os
 import struct
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from minisd.files import CheckpointError, check_regular, read_json_object, shown
 
@@ -195,6 +196,7 @@ def open_files(paths: list[Path], name: Path) -> Files:
     return Files(name, tensors, location, metadata)
 
 
+Part = TypeVar("Part")
 FUSED = ("attn.in_proj_weight", "attn.in_proj_bias")  # OpenCLIP's queries, keys and values: one tensor, three layers
 THIRDS = ("/q", "/k", "/v")  # behind the tensor's name: these rows of it
 
@@ -217,6 +219,14 @@ def fused_name(name: str) -> tuple[str, int | None]:
     """A tensor's name in the file, and which third of it is meant: None for all of it."""
     whole, third = name[:-2], name[-2:]
     return (whole, THIRDS.index(third)) if third in THIRDS and whole.endswith(FUSED) else (name, None)
+
+
+def by_whole(parts: Mapping[str, Part]) -> dict[str, list[Part]]:
+    """Things by tensor -> those of each tensor of a file: one, or its thirds in their order."""
+    whole: dict[str, list[str]] = {}
+    for name in parts:
+        whole.setdefault(fused_name(name)[0], []).append(name)
+    return {one: [parts[name] for name in sorted(names, key=fused_name)] for one, names in whole.items()}
 
 
 def shard_paths(index: Path) -> list[Path]:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minisd.checkpoint import configs, tokenizer_files
-from minisd.checkpoint.header import fused_name
+from minisd.checkpoint.header import by_whole
 from minisd.checkpoint.hub import GENERATION_CONFIG, STEMS, single_name
 from minisd.checkpoint.keymap import COMPONENTS, COMPVIS_PREFIX, model_keys
 from minisd.config import END, START, ModelConfig, UNetConfig
@@ -183,11 +183,8 @@ def write_single_file(model: Model, file: Path, dtype: torch.dtype | None, title
 
 
 def fused(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same, the thirds of one tensor (OpenCLIP's queries, keys and values, in this order) concatenated."""
-    whole: dict[str, list[Tensor]] = {}
-    for name, tensor in tensors.items():
-        whole.setdefault(fused_name(name)[0], []).append(tensor)
-    return {name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in whole.items()}
+    """The same, the thirds of one tensor (OpenCLIP's queries, keys and values) concatenated."""
+    return {name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in by_whole(tensors).items()}
 
 
 def settings_as_metadata(

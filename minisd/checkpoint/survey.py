@@ -409,11 +409,8 @@ def usual_prediction(files: Files) -> str | None:
         return None
     conv_in = files.tensors.get("model.diffusion_model.input_blocks.0.0.weight")
     step = files.tensors.get("global_step")
-    if step is not None and step.end - step.start <= 8:
-        with files.location["global_step"].open("rb") as file:
-            file.seek(step.start)
-            if as_numbers(step.dtype, file.read(step.end - step.start)) == [875_000]:
-                return "epsilon"
+    if step is not None and step.end - step.start <= 8 and numbers_of(files.location["global_step"], step) == [875_000]:
+        return "epsilon"
     return "v_prediction" if conv_in is None or conv_in.shape[1:2] == (4,) else "epsilon"
 
 
@@ -463,10 +460,14 @@ def is_damaged(path: Path, info: TensorInfo) -> bool:
     """Whether position ids, 0 to 76, are anything else. A few hundred bytes: the only values that are read here."""
     if info.end - info.start > 10_000:
         return True
+    return numbers_of(path, info) != list(range(prod(info.shape)))
+
+
+def numbers_of(path: Path, info: TensorInfo) -> list[float]:
+    """The values of a small tensor."""
     with path.open("rb") as file:
         file.seek(info.start)
-        data = file.read(info.end - info.start)
-    return as_numbers(info.dtype, data) != list(range(prod(info.shape)))
+        return as_numbers(info.dtype, file.read(info.end - info.start))
 
 
 def as_numbers(dtype: str, data: bytes) -> list[float]:

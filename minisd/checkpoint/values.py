@@ -38,10 +38,15 @@ def memory_mapped(path: Path) -> Any:
 
 
 def read_tensor(files: Files, name: str) -> Tensor:
-    whole, third = fused_name(name)
     with memory_mapped(files.location[name]) as file:
-        tensor: Tensor = file.get_tensor(whole)
-        return tensor if third is None else tensor.chunk(3)[third]
+        return tensor_of(file, name)
+
+
+def tensor_of(file: Any, name: str) -> Tensor:
+    """A tensor of an open file, or a third of one."""
+    whole, third = fused_name(name)
+    tensor: Tensor = file.get_tensor(whole)
+    return tensor if third is None else tensor.chunk(3)[third]
 
 
 class Values(Mapping[str, Tensor]):
@@ -97,9 +102,7 @@ class Values(Mapping[str, Tensor]):
         path = self.files.location[source]
         if path not in self._opened:
             self._opened[path] = memory_mapped(path)
-        name, third = fused_name(source)
-        tensor: Tensor = self._opened[path].get_tensor(name)
-        return tensor if third is None else tensor.chunk(3)[third]
+        return tensor_of(self._opened[path], source)
 
     def _scaled(self, name: str, values: Tensor, rows: slice) -> Tensor:
         if values.dtype in EIGHT_BITS:

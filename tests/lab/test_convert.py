@@ -16,6 +16,7 @@ from minisd.checkpoint.load import open_alone
 from minisd.cli.weights import convert as convert_command
 from minisd.lab.weights.convert import convert
 from minisd.lab.weights.inspect import inspect
+from minisd.lab.weights.streaming import Entry, Made, write_file
 from minisd.lab.zoo import write_zoo
 from tests.unit.tiny import compvis_tensors, equal, tiny_model
 
@@ -171,6 +172,7 @@ MEASURE = """
 import resource, sys
 from minisd.checkpoint.load import open_alone
 from minisd.lab.weights.convert import convert
+from minisd.lab.weights.streaming import Entry, Made, write_file
 from minisd.lab.weights.inspect import inspect
 from minisd.lab.zoo import write_zoo
 import torch
@@ -347,3 +349,10 @@ def test_impossible_shard_sizes(single, tmp_path, size):
     result = subprocess.run(command, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (2, "") and result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1 and not (tmp_path / "x").exists()
+
+
+def test_a_name_that_comes_twice_is_refused(tmp_path):
+    """Before thirds of a tensor are joined: there the second would be lost."""
+    one = Entry("a", "F32", (1,), Made(lambda: [torch.zeros(1)]))
+    with pytest.raises(ValueError, match="a name would be there twice"):
+        write_file(tmp_path / "x.safetensors", [one, one], {})

@@ -14,7 +14,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from minisd.checkpoint.header import DTYPE_BITS, Files, fused_name, read_header
+from minisd.checkpoint.header import DTYPE_BITS, Files, by_whole, read_header
 from minisd.checkpoint.values import DTYPES, Values
 
 PIECE = 1_000_000  # bytes copied at a time: what fits into a processor's cache is copied fastest
@@ -104,9 +104,9 @@ def write_file(
     path: Path, entries: Sequence[Entry], metadata: Mapping[str, str], advance: Callable[[int], object] = lambda _: None
 ) -> None:
     """Write a safetensors file, then read its header back. Raises ValueError for a name that comes twice."""
-    entries = fused(entries)
     if len({one.name for one in entries}) != len(entries):
         raise ValueError(f"{path}: a name would be there twice")
+    entries = fused(entries)
     header, position = described(entries, metadata)
     with path.open("wb", buffering=0) as out:
         out.write(header)
@@ -119,20 +119,16 @@ def write_file(
 
 def fused(entries: Sequence[Entry]) -> list[Entry]:
     """The same, the thirds of one tensor (OpenCLIP's queries, keys and values) joined. All have one dtype."""
-    whole: dict[str, list[Entry]] = {}
-    for one in entries:
-        whole.setdefault(fused_name(one.name)[0], []).append(one)
     return [
-        group[0]
-        if group[0].name == name
-        else Entry(
-            name,
-            group[0].dtype,
-            (sum(one.shape[0] for one in group), *group[0].shape[1:]),
-            Joined([one.values for one in sorted(group, key=lambda one: fused_name(one.name)[1] or 0)]),
-        )
-        for name, group in whole.items()
+        group[0] if group[0].name == name else joined(name, group)
+        for name, group in by_whole({one.name: one for one in entries}).items()
     ]
+
+
+def joined(name: str, parts: Sequence[Entry]) -> Entry:
+    """Tensors of one dtype as one, their rows behind each other."""
+    shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+    return Entry(name, parts[0].dtype, shape, Joined([part.values for part in parts]))
 
 
 def described(entries: Iterable[Entry], metadata: Mapping[str, str]) -> tuple[bytes, int]:
