@@ -18,7 +18,7 @@ from minisd.checkpoint.save import Model, save
 from minisd.config import ModelConfig
 from minisd.notebook import table
 from minisd.text_encoder import TextEncoder
-from minisd.tiny_vae import TinyVAE, is_tiny_vae, load_tiny_vae
+from minisd.tiny_vae import TinyVAE, load_tiny_vae
 from minisd.tokenizer import CLIPTokenizer
 from minisd.unet import UNet
 from minisd.vae import VAE
@@ -80,7 +80,7 @@ class LatentDiffusionModel:
         """
         check_engine(engine)
         device = usable_device(device)
-        tiny = load_tiny_vae(vae, dtype, device) if vae is not None and is_tiny_vae(vae) else None
+        tiny = None if vae is None else load_tiny_vae(vae, dtype, device)
         checkpoint = open_checkpoint(
             source, dtype=dtype, weights=weights, vae=None if tiny else vae, tokenizer=tokenizer, prediction=prediction
         )

@@ -6,7 +6,7 @@
 
 import io
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from numbers import Real
 from typing import Any, TypedDict
 
@@ -158,6 +158,9 @@ class Sampling:
             return torch.Generator().manual_seed(self.seed)
         except (TypeError, ValueError, RuntimeError):
             raise ValueError(f"seed={self.seed!r}: must be a whole number of at most 64 bits") from None
+
+
+FIELDS = frozenset(field.name for field in fields(Sampling))
 
 
 def set_steps(scheduler: Any, steps: int) -> None:

@@ -98,11 +98,6 @@ class TinyVAE(VAE):
 # ---- files -------------------------------------------------------------------------------------------------------
 
 
-def is_tiny_vae(source: str | os.PathLike[str]) -> bool:
-    """Whether there is a TAESD at `source`: a file of either half or both, or a folder as diffusers saves it."""
-    return any(tensor_names(files) for files in tiny_files(source))
-
-
 def tiny_files(source: str | os.PathLike[str]) -> list[Files]:
     """The file at `source`, or in that folder, and the other half beside it. [] where there is none."""
     path = Path(os.path.expanduser(source))
@@ -128,11 +123,16 @@ def tensor_names(files: Files) -> dict[str, str]:
     return names
 
 
-def load_tiny_vae(source: str | os.PathLike[str], dtype: torch.dtype | None, device: torch.device) -> TinyVAE:
-    """The TAESD at `source`. Raises CheckpointError for one of another shape, such as SD 3's or a video model's."""
+def load_tiny_vae(source: str | os.PathLike[str], dtype: torch.dtype | None, device: torch.device) -> TinyVAE | None:
+    """The TAESD at `source`, a file of either half or both, or a folder as diffusers saves it; None for anything else.
+
+    Raises CheckpointError for one of another shape, such as SD 3's or a video model's.
+    """
     found: dict[str, tuple[Files, str]] = {}
     for files in tiny_files(source):
         found |= {name: (files, stored) for name, stored in tensor_names(files).items() if name not in found}
+    if not found:
+        return None
     model = TinyVAE(encodes=any(name.startswith("tiny_encoder.") for name in found))
     check_shapes(source, model.state_dict(), found)
     kinds = {files.tensors[stored].dtype for files, stored in found.values()}

@@ -55,10 +55,11 @@ def watched(steps: Iterator[SomeStep]) -> Iterator[SomeStep]:
     try:
         for step in steps:
             what = f"latents of step {step.index + 1} (timestep {step.timestep})"
-            waiting.append((what, step.latents.isfinite().all()))
-            if step.latents.device.type == "cpu" and not told:
-                told = tell_first(waiting[-1:])
+            asked = what, step.latents.isfinite().all()
+            if step.latents.device.type == "cpu":
+                told = told or tell_first([asked])
+            else:
+                waiting.append(asked)
             yield step
     finally:
-        if not told:
-            tell_first(waiting)
+        tell_first(waiting)

@@ -3,6 +3,7 @@
 Each takes pictures (B, 3, H, W) uint8 and gives features (B, n).
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ def small_classifier(classes: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.3), nn.Linear(96 * 4 * 4, classes))
 
 
+@cache
 def fashion_classifier() -> nn.Sequential:
     """The one that comes with the fashion model."""
     model = small_classifier(10)

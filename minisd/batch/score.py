@@ -22,7 +22,7 @@ from torch import Tensor
 
 from minisd.batch.features import NETWORKS, network, recognised
 from minisd.batch.plan import FILE
-from minisd.batch.shards import read_samples
+from minisd.batch.shards import read_samples, status
 from minisd.files import read_json_object, write_whole
 from minisd.warn import warn
 
@@ -137,7 +137,7 @@ def score(folders: list[Path], reference: Path | None, features: str, metrics: t
     sets = Sets(others, features, of_sets) if others is not None and of_sets else None
     rows = []
     for pictures in map(Pictures, folders):
-        row: dict[str, Any] = {"n": len(list(read_samples(pictures.folder)))}
+        row: dict[str, Any] = {"n": status(pictures.folder)["pictures"]}
         row |= sets.compare(pictures) if sets else {}
         if others is not None:
             row |= {name: compare_pairs(pictures, others, name) for name in metrics if name in PAIRED}

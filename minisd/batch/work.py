@@ -3,7 +3,6 @@
 A worker knows the order (what to make, of which model) and makes whole shards. Nothing is shared but the folder.
 """
 
-import hashlib
 import io
 import json
 import os
@@ -22,6 +21,7 @@ from minisd.batch.classes import ClassModel
 from minisd.batch.plan import Item, Plan
 from minisd.batch.prompts import Row
 from minisd.batch.shards import Sample, done, write_shard
+from minisd.metadata.writing import fingerprint
 from minisd.pipeline import StableDiffusion
 from minisd.sampling import Sampling
 
@@ -69,18 +69,8 @@ class Order:
             except ValueError as error:
                 raise ValueError(f"prompts, line {row.line}: {error}") from None
         own = {"steps": steps, "guidance_scale": scale, "height": height, "width": width, "threads": self.threads}
-        settings = {**self.described, **own, "model_sha256": fingerprint(self.sd)}
+        settings = {**self.described, **own, "model_hash": fingerprint(self.sd)}
         return Plan(self.rows, self.per_prompt, self.shard_size, self.batch, self.seed, settings)
-
-
-def fingerprint(sd: StableDiffusion | ClassModel) -> str:
-    """A hash of the model: of every weight its name, shape, dtype and up to 1024 of its values, evenly spread."""
-    digest = hashlib.sha256()
-    for name, weight in sd.state().items():
-        some = weight.flatten()[:: max(1, weight.numel() // 1024)].contiguous().cpu()
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        digest.update(some.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def missing(order: Order, worker: int, workers: int) -> list[int]:

@@ -108,14 +108,12 @@ def order_of(prompts: Path, folder: Path, options: dict[str, Any]) -> "Order":
 
     from minisd.batch.prompts import read_prompts
     from minisd.batch.work import Order
-    from minisd.cli.job import check_eta, choose_device_and_dtype
+    from minisd.cli.job import check_eta, choose_device_and_dtype, sampling_options
     from minisd.sampling import Sampling
 
     rows = read_prompts(prompts)
     device, dtype = choose_device_and_dtype(options)
-    size = options["size"] or (None, None)
-    given = ("negative_prompt", "steps", "guidance_scale", "guidance_rescale", "scheduler", "eta", "clip_skip")
-    sampling = Sampling(**{name: options[name] for name in (*given, "long_prompts")}, width=size[0], height=size[1])
+    sampling = Sampling(**sampling_options(options))
     check_eta(sampling)
     names = ("model", "vae", "tokenizer", "weights", "prediction", "scheduler", "eta", "clip_skip", "long_prompts")
     described = {

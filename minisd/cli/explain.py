@@ -17,7 +17,7 @@ SETTINGS = ("negative", "seed", "steps", "guidance", "guidance-rescale", "size",
 @options("page", "versus", "what-if", *MODEL, *SETTINGS, *RUN, *REPORT)
 def explain(prompt: str, output: str | None, versus: tuple[str, ...], what_if: bool, **options: Any) -> None:
     """Generate PROMPT once, and show from the inside how the picture came about: one HTML page, no network."""
-    from minisd.cli.job import OWN, load, load_adapters
+    from minisd.cli.job import load, load_adapters, sampling_options
     from minisd.cli.output import check_folder, check_no_folder, name_of, report
     from minisd.cli.words import tell_unknown
     from minisd.explain import explain as look
@@ -27,13 +27,10 @@ def explain(prompt: str, output: str | None, versus: tuple[str, ...], what_if: b
     check_no_folder(path)
     check_folder(path.parent / "x")
     others = {name: value for name, (value,) in read_values(versus).items()}
-    settings = {name: value for name, value in options.items() if name in OWN}
-    if options["size"]:
-        settings["width"], settings["height"] = options["size"]
     sd = load(options)
     load_adapters(sd, options["loras"], options["embeddings"])
     tell_unknown(options["model"], [prompt, options["negative_prompt"]])
-    found = look(sd, prompt, versus=others, what_if=what_if, **settings)
+    found = look(sd, prompt, versus=others, what_if=what_if, **sampling_options(options))
     if options["seed"] is None:
         print(f"seed {found.data['settings']['seed']}", file=sys.stderr)
     found.save(path)

@@ -28,7 +28,7 @@ def grid(prompts: tuple[str, ...], output: str | None, x: str | None, y: str | N
 
     from tqdm import tqdm
 
-    from minisd.cli.job import OWN
+    from minisd.cli.job import sampling_options
     from minisd.cli.output import check_no_folder, name_of, png_path, report, write_png
     from minisd.cli.words import tell_unknown
     from minisd.files import write_whole
@@ -40,10 +40,8 @@ def grid(prompts: tuple[str, ...], output: str | None, x: str | None, y: str | N
     if "lora" in (across[0], down[0]) and not options["loras"]:
         raise ValueError("lora: its values are the scale of --lora, which is missing")
     path = png_path(output or f"{name_of(prompts[0])}-grid.png")
-    settings = {name: value for name, value in options.items() if name in OWN}
-    settings["width"], settings["height"] = options["size"] or (None, None)
     seed = randbelow(2**32) if options["seed"] is None else options["seed"]
-    found = cells(prompts, replace(Sampling(**settings), seed=seed), across, down)
+    found = cells(prompts, replace(Sampling(**sampling_options(options)), seed=seed), across, down)
     names = {cell: path.with_name(f"{path.stem}-{cell.row + 1}-{cell.column + 1}.png") for cell in found}
     for name in (*names.values(), path.with_suffix(".csv")):
         check_no_folder(name)

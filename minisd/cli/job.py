@@ -6,7 +6,7 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,13 +23,12 @@ from minisd.cli.words import tell_unknown
 from minisd.files import shown
 from minisd.metadata.writing import parameters, provenance
 from minisd.pipeline import StableDiffusion, to_pictures
-from minisd.sampling import Sampling, Step, tell_seed
+from minisd.sampling import FIELDS, Sampling, Step, tell_seed
 from minisd.schedulers import DDIMScheduler, named
 from minisd.tasks.images import finished, near_size
 from minisd.warn import warn
 
 SomeStep = TypeVar("SomeStep", bound=Step)
-OWN = {field.name for field in fields(Sampling)}
 
 
 @dataclass
@@ -62,7 +61,7 @@ class Job:
             check_folder(Path(options["steps_dir"]))
         if options.get("eta") and options["scheduler"] != "ddim":  # a person would wonder; programs pass it along
             raise ValueError("eta is an option of ddim; ddpm is always as random as eta 1, others have theirs")
-        sampling = Sampling(**{name: value for name, value in options.items() if name in OWN - {"seed"}})
+        sampling = Sampling(**{name: value for name, value in options.items() if name in FIELDS - {"seed"}})
         check_eta(sampling)
         sd = load(options)
         extra |= {"long_prompts": True} if sampling.long_prompts else {}
@@ -87,7 +86,7 @@ class Job:
     @property
     def settings(self) -> dict[str, Any]:
         """The fields of `sampling` by name, as the tasks take them."""
-        return {name: getattr(self.sampling, name) for name in OWN - {"latents", "start"}}
+        return {name: getattr(self.sampling, name) for name in FIELDS - {"latents", "start"}}
 
     @property
     def size(self) -> tuple[int, int]:
@@ -179,6 +178,12 @@ class Job:
         written = [*paths.images, *([paths.grid] if paths.grid else []), *([last] if last else [])]
         seconds = {"seconds": round(time.perf_counter() - self.started, 2)}
         report(written, files | told | self.extra | found | seconds, self.options["as_json"])
+
+
+def sampling_options(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that are fields of `Sampling`, --size as width and height."""
+    width, height = options["size"] or (None, None)
+    return {name: value for name, value in options.items() if name in FIELDS} | {"width": width, "height": height}
 
 
 def tell_size(sd: StableDiffusion, size: tuple[int, int] | None) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class Generation:
     def scale(self) -> float:
         return self.sampling.guidance_scale or 0.0
 
-    @property
+    @cached_property
     def picture(self) -> Image.Image:
         return to_pictures(self.sd.decode(self.steps[-1].latents))[0]
 
@@ -63,7 +64,7 @@ class Generation:
         if name.startswith("guidance."):
             self.predictions.setdefault(name.partition(".")[2], []).append(half[0].float().cpu())
         elif name.endswith(".probabilities"):
-            if step in self.attention_steps():
+            if step in self.attention_steps:
                 self.attention.setdefault(name, {})[step] = self.maps(half[0])
         elif step in spread(self.count, FEATURE_STEPS):
             self.shapes[name] = tuple(half.shape[1:])
@@ -71,6 +72,7 @@ class Generation:
             self.features.setdefault(name, {})[step] = reduced(half[0, chosen], ATTENTION_SIDE).float().cpu()
         reading.tensor = None
 
+    @cached_property
     def attention_steps(self) -> list[int]:
         """The steps whose attention is kept: all of them, if there is room."""
         config, layers = self.sd.unet.config, len(cross_attention(self.sd))

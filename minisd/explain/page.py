@@ -187,8 +187,8 @@ def reductions(found: Generation) -> list[str]:
     side = max(found.noise.shape[2:])
     if side > MAP_SIDE:
         said.append(f"maps of latents are averages: {side} positions a side, at most {MAP_SIDE} shown")
-    if len(found.attention_steps()) < found.count:
-        said.append(f"attention is kept for {len(found.attention_steps())} of {found.count} steps")
+    if len(found.attention_steps) < found.count:
+        said.append(f"attention is kept for {len(found.attention_steps)} of {found.count} steps")
     if len(found.pieces) < len(found.sd.tokenizer.tokens(found.prompt)):
         said.append(f"attention is shown for the first {len(found.pieces)} tokens")
     if found.picture.width > 128:
@@ -205,7 +205,7 @@ def inside(found: Generation) -> dict[str, Any]:
     features = {name: packed(torch.stack(list(steps.values()))) for name, steps in found.features.items()}
     kept = next(iter(found.features.values()))
     return {
-        "attention": {"pieces": found.pieces, "steps": found.attention_steps(), "layers": layers},
+        "attention": {"pieces": found.pieces, "steps": found.attention_steps, "layers": layers},
         "features": {"steps": list(kept), "maps": features},
         "blocks": [row(found, name, block) for name, block in blocks(found.sd).items()],
     }

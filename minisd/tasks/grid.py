@@ -4,17 +4,16 @@ In: prompts, and two axes of a setting's values. Out: cells, which say what each
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from PIL import Image
 
 from minisd.pipeline import StableDiffusion
-from minisd.sampling import Sampling
+from minisd.sampling import FIELDS, Sampling
 
 Axis = tuple[str, Sequence[Any]]  # a setting's name, and its values
 NONE: Axis = ("", ("",))
-OWN = {field.name for field in fields(Sampling)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +47,7 @@ def cells(prompts: Sequence[str], sampling: Sampling, x: Axis = NONE, y: Axis = 
                 if old not in text:
                     raise ValueError(f"replace={old}: is not in the prompt {text!r}")
                 text = text.replace(old, new)
-            own = {name: value for name, value in varied.items() if name in OWN}
+            own = {name: value for name, value in varied.items() if name in FIELDS}
             model, lora = varied.get("model"), varied.get("lora")
             found.append(Cell(row, column, varied, text, replace(sampling, **own), model, lora))
     return found

@@ -140,8 +140,12 @@ class Network(nn.Module, SavesMemory):
         accept(call, others, NEUTRAL, parameters(cls.from_pretrained))
         check_variant(call, variant)
         number = chosen_dtype(call, dtype, torch_dtype, cls.default_dtype)
-        part = cls.open_part(pretrained_model_name_or_path, subfolder, variant)
-        return cls.of(build(cls.kind, part, number, torch.device("cpu")))
+        return cls.of(cls.load_core(pretrained_model_name_or_path, subfolder, variant, number))
+
+    @classmethod
+    def load_core(cls, source: Source, subfolder: str | None, variant: str | None, dtype: torch.dtype | None) -> Any:
+        """minisd's network out of the files."""
+        return build(cls.kind, cls.open_part(source, subfolder, variant), dtype, torch.device("cpu"))
 
     @classmethod
     def open_part(cls, source: Source, subfolder: str | None, variant: str | None) -> Part:

@@ -1,22 +1,17 @@
 """`AutoencoderTiny`: TAESD as diffusers' tree."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from minisd import tiny_vae
 from minisd.config import VAEConfig
-from minisd.diffusers.loading import NEUTRAL, Source, chosen_dtype
+from minisd.diffusers.loading import Source
 from minisd.diffusers.models.network import Format, Network
 from minisd.diffusers.outputs import output
-from minisd.diffusers.refusing import accept, parameters
-
-if TYPE_CHECKING:
-    from typing import Self
+from minisd.diffusers.refusing import accept
 
 SETTINGS: dict[str, Any] = {
     "in_channels": 3,
@@ -62,23 +57,16 @@ class AutoencoderTiny(Network):
     format = Format(SETTINGS, read, lambda config: {"_class_name": "AutoencoderTiny"}, lambda config: iter(()))
 
     @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: Source,
-        subfolder: str | None = None,
-        torch_dtype: torch.dtype | str | None = None,
-        dtype: torch.dtype | str | None = None,
-        variant: str | None = None,
-        **others: Any,
-    ) -> Self:
-        """TAESD in a folder or file on this machine. Raises NotCoveredError for other arguments, and for a variant."""
-        call = "AutoencoderTiny.from_pretrained"
-        accept(call, {"variant": variant, **others}, NEUTRAL | {"variant": (None,)}, parameters(cls.from_pretrained))
-        number = chosen_dtype(call, dtype, torch_dtype, cls.default_dtype)
-        source = f"{pretrained_model_name_or_path}/{subfolder}" if subfolder else str(pretrained_model_name_or_path)
-        if not tiny_vae.is_tiny_vae(source):
-            raise FileNotFoundError(f"{source}: there is no TAESD (a hub id must be downloaded first)")
-        return cls.of(tiny_vae.load_tiny_vae(source, number, torch.device("cpu")))
+    def load_core(
+        cls, source: Source, subfolder: str | None, variant: str | None, dtype: torch.dtype | None
+    ) -> tiny_vae.TinyVAE:
+        """Out of a folder or file on this machine. Raises NotCoveredError for a variant."""
+        accept("AutoencoderTiny.from_pretrained", {"variant": variant}, {"variant": (None,)}, [])
+        place = f"{source}/{subfolder}" if subfolder else str(source)
+        core = tiny_vae.load_tiny_vae(place, dtype, torch.device("cpu"))
+        if core is None:
+            raise FileNotFoundError(f"{place}: there is no TAESD (a hub id must be downloaded first)")
+        return core
 
     def grow(self, core: tiny_vae.TinyVAE) -> None:
         if core.tiny_encoder is not None:
