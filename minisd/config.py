@@ -22,10 +22,11 @@ class TextEncoderConfig:
     hidden_width: int  # inside the feed-forward network
     activation: str  # "quick_gelu" in OpenAI's CLIP
     layer_norm_eps: float
+    projection: int  # the width of the pooled vector that is taken too, by SDXL; 0: none is
 
     @property
     def openclip(self) -> bool:
-        """Whether it is OpenCLIP's, of SD 2.x, which other names in files and another padding go with."""
+        """Whether it is OpenCLIP's, of SD 2.x and SDXL, which other names in files and another padding go with."""
         return self.activation != "quick_gelu"
 
 
@@ -38,10 +39,13 @@ class UNetConfig:
     out_channels: int
     widths: tuple[int, ...]  # channels at each resolution
     attention: tuple[bool, ...]  # does this resolution have transformers?
+    depths: int | tuple[int, ...]  # layers of a transformer, at every resolution or at each
     resnets_per_level: int  # on the way down; one more on the way up
     heads: int | tuple[int, ...]  # of every resolution, or of each; diffusers calls the number attention_head_dim
     linear_projections: bool  # around a transformer: linear layers (SD 2.x), or 1x1 convolutions
     context_width: int  # the width of the text encoder
+    added_width: int  # of what is added to the timestep: a pooled vector and embedded numbers (SDXL); 0: nothing is
+    number_width: int  # of each of those embedded numbers, which the UNet itself need not know
     activation: str
     downsample_padding: int
     norm_groups: int
@@ -52,6 +56,10 @@ class UNetConfig:
     def heads_at(self, level: int) -> int:
         """The number of attention heads at a resolution."""
         return self.heads if isinstance(self.heads, int) else self.heads[level]
+
+    def depth_at(self, level: int) -> int:
+        """The number of layers of a transformer at a resolution."""
+        return self.depths if isinstance(self.depths, int) else self.depths[level]
 
     @property
     def own_size(self) -> tuple[int, int]:
@@ -101,6 +109,7 @@ class ModelConfig:
     text_encoder: TextEncoderConfig
     unet: UNetConfig
     vae: VAEConfig
+    text_encoder_2: TextEncoderConfig | None  # SDXL's other one
     scheduler: Mapping[str, object]
 
 
@@ -114,6 +123,7 @@ SD15 = ModelConfig(
         hidden_width=3072,
         activation="quick_gelu",
         layer_norm_eps=1e-5,
+        projection=0,
     ),
     unet=UNetConfig(
         sample_size=64,
@@ -121,10 +131,13 @@ SD15 = ModelConfig(
         out_channels=4,
         widths=(320, 640, 1280, 1280),
         attention=(True, True, True, False),
+        depths=1,
         resnets_per_level=2,
         heads=8,
         linear_projections=False,
         context_width=768,
+        added_width=0,
+        number_width=0,
         activation="silu",
         downsample_padding=1,
         norm_groups=32,
@@ -144,6 +157,7 @@ SD15 = ModelConfig(
         norm_eps=1e-6,
         scaling_factor=0.18215,
     ),
+    text_encoder_2=None,
     scheduler=MappingProxyType(
         {
             "num_train_timesteps": 1000,

@@ -8,7 +8,6 @@ tokens. AUTOMATIC1111's web UI and ComfyUI do so too (they may move a cut to a c
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from minisd.files import shown
@@ -22,8 +21,7 @@ def encode(sd: Any, texts: str | list[str] | Tensor, clip_skip: int, long_prompt
         return texts.to(sd.device)
     texts = [texts] if isinstance(texts, str) else texts
     ids = sd.tokenizer.windows(texts) if long_prompts else cut(sd.tokenizer, texts)[:, None]  # (B, n, 77)
-    context = sd.text_encoder(ids.flatten(0, 1).to(sd.device), clip_skip=clip_skip)  # (B n, 77, D)
-    return rearrange(context, "(b n) t d -> b (n t) d", n=ids.shape[1])
+    return sd.read(ids.to(sd.device), clip_skip)
 
 
 def same_length(sd: Any, contexts: list[Tensor]) -> list[Tensor]:

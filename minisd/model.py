@@ -6,9 +6,11 @@ schedule. Next in the walk: `checkpoint/keymap.py`, how weight files become thes
 
 import os
 from collections.abc import Mapping
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from minisd.adapters.loading import Adapters
@@ -87,14 +89,13 @@ class LatentDiffusionModel:
         for note in checkpoint.notes:
             warn(note)
         parts, own_tokenizer = checkpoint.components, read_tokenizer(checkpoint)
-        model = cls(
-            build(TextEncoder, parts["text_encoder"], dtype, device),
-            build(UNet, parts["unet"], dtype, device),
-            tiny or build(VAE, parts["vae"], dtype, device),
-            own_tokenizer,
-            scheduler=checkpoint.scheduler,
-            generation=checkpoint.generation,
-        )
+        if "text_encoder_2" in parts:
+            cls = import_module("minisd.xl").StableDiffusionXL  # it stands on this file
+        kinds = {"text_encoder": TextEncoder, "unet": UNet, "vae": VAE, "text_encoder_2": TextEncoder}
+        networks: dict[str, Any] = {name: build(kinds[name], part, dtype, device) for name, part in parts.items()}
+        networks |= {"vae": tiny} if tiny else {}
+        settings: dict[str, Any] = {"scheduler": checkpoint.scheduler, "generation": checkpoint.generation}
+        model = cls(**networks, tokenizer=own_tokenizer, **settings)
         prepare(engine, model.unet, model.vae)
         given = {"weights": weights, "vae": vae, "tokenizer": tokenizer, "prediction": prediction, "engine": engine}
         usual = {"weights": "auto", "engine": "exact"}
@@ -109,8 +110,8 @@ class LatentDiffusionModel:
     @property
     def config(self) -> ModelConfig:
         """Every number of the architecture and of the noise schedule."""
-        text_encoder, unet, vae = self.text_encoder.config, self.unet.config, self.vae.config
-        return ModelConfig(text_encoder=text_encoder, unet=unet, vae=vae, scheduler=self.scheduler_config)
+        parts: dict[str, Any] = {name: module.config for name, module in self.modules.items()}
+        return ModelConfig(**{"text_encoder_2": None, **parts}, scheduler=self.scheduler_config)
 
     @property
     def device(self) -> torch.device:
@@ -126,6 +127,11 @@ class LatentDiffusionModel:
         told: dict[str, Any] = {f"{name}, parameters": count for name, count in rows.items()}
         told |= {"dtype": self.dtype, "device": self.device, "scheduler": self.scheduler_config.get("_class_name", "?")}
         return table(f"{type(self).__name__} {self.origin.get('source', '')}", told | self.generation)
+
+    def read(self, ids: Tensor, clip_skip: int) -> Tensor:
+        """Token ids in windows (B, n, 77) -> context (B, 77 n, D)."""
+        context = self.text_encoder(ids.flatten(0, 1), clip_skip=clip_skip)  # (B n, 77, D)
+        return rearrange(context, "(b n) t d -> b (n t) d", n=ids.shape[1])
 
     def state(self) -> dict[str, Tensor]:
         """Every weight by name, "unet.down.4.attention.cross_attn.q.weight": the model's own memory, to write into."""

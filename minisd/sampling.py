@@ -64,6 +64,9 @@ class Settings(TypedDict, total=False):
     clip_skip: int
     long_prompts: bool
     predict_noise: PredictNoise | None
+    original_size: tuple[int, int] | None
+    crop: tuple[int, int] | None
+    target_size: tuple[int, int] | None
 
 
 class LoopSettings(Settings, total=False):
@@ -92,6 +95,8 @@ class Sampling:
     `images_per_prompt`  how many images to generate of each prompt
     `clip_skip`          how many of the text encoder's last layers to leave out
     `long_prompts`       encode prompts of more than 75 tokens in windows of 75 (`context.py`), instead of cutting them
+    `original_size`, `crop`, `target_size`  what SDXL is told of the picture (`xl.py`): height and width before it was
+                         cropped, top and left of the crop, height and width asked for. None: the image's, (0, 0)
 
     Two openings serve the tasks: `start`, the index of the first of `steps` to take, for `latents` that are already at
     the noise level of that step; and `predict_noise`, in the place of `StableDiffusion.predict_noise`.
@@ -113,6 +118,9 @@ class Sampling:
     long_prompts: bool = False
     start: int | None = None
     predict_noise: PredictNoise | None = None
+    original_size: tuple[int, int] | None = None
+    crop: tuple[int, int] | None = None
+    target_size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         list_of_texts("negative_prompt", self.negative_prompt)
@@ -120,6 +128,8 @@ class Sampling:
             if count is not None or name != "steps":
                 check_whole(name, count, least=1)
         check_whole("clip_skip", self.clip_skip, least=0)
+        for name in ("original_size", "crop", "target_size"):
+            check_two(name, getattr(self, name))
         for name in ("guidance_scale", "guidance_rescale", "eta"):
             number = getattr(self, name)
             if number is not None and (not isinstance(number, Real) or not 0 <= float(number) < float("inf")):
@@ -213,6 +223,12 @@ def tell_seed(seed: int) -> None:
 def check_whole(name: str, value: Any, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}={value}: must be a whole number, at least {least}")
+
+
+def check_two(name: str, value: Any) -> None:
+    numbers = value if isinstance(value, tuple | list) else ()
+    if value is not None and (len(numbers) != 2 or not all(isinstance(n, int) and n >= 0 for n in numbers)):
+        raise ValueError(f"{name}={value!r}: must be two whole numbers, of the height and of the width")
 
 
 def list_of_texts(name: str, value: Texts) -> list[str] | Tensor:

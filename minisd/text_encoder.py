@@ -58,6 +58,8 @@ class TextEncoder(nn.Module):
         self.position_embedding = nn.Embedding(config.context_length, config.width)
         self.layers = nn.ModuleList(TextLayer(config) for _ in range(config.layers))
         self.final_norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
+        # SDXL's: see `xl.py`
+        self.projection = nn.Linear(config.width, config.projection, bias=False) if config.projection else None
 
     def forward(self, ids: Tensor, *, clip_skip: int = 0) -> Tensor:
         """Encode `ids` (B, T), T at most `context_length`, int64 -> (B, T, width).
@@ -69,11 +71,15 @@ class TextEncoder(nn.Module):
             raise ValueError(f"{ids.shape[-1]} tokens: this text encoder takes at most {self.config.context_length}")
         if not isinstance(clip_skip, int) or not 0 <= clip_skip < len(self.layers):
             raise ValueError(f"clip_skip={clip_skip}: must be a whole number from 0 to {len(self.layers) - 1}")
+        return self.final_norm(self.hidden(ids, len(self.layers) - clip_skip))
+
+    def hidden(self, ids: Tensor, layers: int) -> Tensor:
+        """What the first so many layers make of `ids` (B, T): (B, T, width)."""
         positions = torch.arange(ids.shape[-1], device=ids.device)
         x = self.token_embedding(ids) + self.position_embedding(positions)  # (B, T, width)
-        for layer in self.layers[: len(self.layers) - clip_skip]:
+        for layer in self.layers[:layers]:
             x = layer(x)
-        return self.final_norm(x)
+        return x
 
     def take_table(self, table: Tensor) -> None:
         """Use another token embedding (vocabulary, width), a Parameter with more rows, or fewer."""

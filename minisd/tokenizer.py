@@ -127,6 +127,11 @@ class CLIPTokenizer:
         merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines if line)]
         return cls(vocabulary_of(merges), merges, pad_token=pad_token, context_length=77)
 
+    def padded_with(self, pad_token: str) -> "CLIPTokenizer":
+        """The same with another token behind the end of a prompt."""
+        length, added = self.context_length, self.added
+        return CLIPTokenizer(self.vocabulary, self.merges, pad_token=pad_token, context_length=length, added=added)
+
     def __call__(self, texts: str | list[str]) -> Tensor:
         """Encode `texts` (B strings, or one) -> ids (B, 77) int64, cut or padded to the context length.
 

@@ -58,32 +58,48 @@ class GatedFeedForward(nn.Module):
         return self.contract(value * F.gelu(gate))  # (B, N, C)
 
 
-class SpatialTransformer(nn.Module):
-    """A transformer layer over the positions of a feature map: self-attention, cross-attention to the text, GEGLU
-    feed-forward; each pre-norm with a residual connection (Rombach et al. 2022, appendix E.2.1).
-    """
+class TransformerLayer(nn.Module):
+    """Self-attention, cross-attention to the text, GEGLU feed-forward; each pre-norm with a residual connection."""
 
     def __init__(self, level: int, config: UNetConfig) -> None:
         super().__init__()
+        self.add_parts(level, config)
+
+    def add_parts(self, level: int, config: UNetConfig) -> None:
         width, heads, eps = config.widths[level], config.heads_at(level), config.layer_norm_eps
-        self.norm = nn.GroupNorm(config.norm_groups, width, eps=config.transformer_norm_eps)
-        self.proj_in = projection(width, config)
         self.self_attn_norm = nn.LayerNorm(width, eps=eps)
         self.self_attn = Attention(width, width, heads=heads, qkv_bias=False)
         self.cross_attn_norm = nn.LayerNorm(width, eps=eps)
         self.cross_attn = Attention(width, config.context_width, heads=heads, qkv_bias=False)
         self.feed_forward_norm = nn.LayerNorm(width, eps=eps)
         self.feed_forward = GatedFeedForward(width)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """`x` (B, N, C), `context` (B, T, D) -> (B, N, C)."""
+        normed = self.self_attn_norm(x)
+        x = self.self_attn(normed, normed, causal=False) + x
+        x = self.cross_attn(self.cross_attn_norm(x), context, causal=False) + x
+        return self.feed_forward(self.feed_forward_norm(x)) + x
+
+
+class SpatialTransformer(TransformerLayer):
+    """A transformer over the positions of a feature map (Rombach et al. 2022, appendix E.2.1): one layer, or `more`."""
+
+    def __init__(self, level: int, config: UNetConfig) -> None:
+        nn.Module.__init__(self)
+        width = config.widths[level]
+        self.norm = nn.GroupNorm(config.norm_groups, width, eps=config.transformer_norm_eps)
+        self.proj_in = projection(width, config)
+        self.add_parts(level, config)
         self.proj_out = projection(width, config)
+        self.more = nn.ModuleList(TransformerLayer(level, config) for _ in range(config.depth_at(level) - 1))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """`x` (B, C, H, W), `context` (B, T, D) -> (B, C, H, W)."""
         residual, height = x, x.shape[2]
-        x = to_sequence(self.proj_in, self.norm(x))  # (B, HW, C)
-        normed = self.self_attn_norm(x)
-        x = self.self_attn(normed, normed, causal=False) + x
-        x = self.cross_attn(self.cross_attn_norm(x), context, causal=False) + x
-        x = self.feed_forward(self.feed_forward_norm(x)) + x
+        x = super().forward(to_sequence(self.proj_in, self.norm(x)), context)  # (B, HW, C)
+        for layer in self.more:
+            x = layer(x, context)
         return to_map(self.proj_out, x, height, residual) + residual
 
 
@@ -211,6 +227,9 @@ class UNet(nn.Module):
         self.config = config
         width = config.widths[0]
         self.time_embedding = TimeEmbedding(width, config.time_width, config.activation)
+        self.added_embedding = None
+        if config.added_width:  # more than the text tells what to draw: see `xl.py`
+            self.added_embedding = TimeEmbedding(config.added_width, config.time_width, config.activation)
         self.conv_in = nn.Conv2d(config.in_channels, width, 3, padding=1)
         self.down = nn.ModuleList(down_blocks(config))
         self.middle = nn.ModuleList(middle_blocks(config))
@@ -227,6 +246,9 @@ class UNet(nn.Module):
         timesteps = torch.as_tensor(timesteps, device=latents.device).expand(len(latents))  # (B,)
         sinusoidal = timestep_embedding(timesteps, self.config.widths[0])  # (B, widths[0])
         time = self.time_embedding(sinusoidal.to(latents.dtype))  # (B, 4 * widths[0])
+        if self.added_embedding is not None:
+            context, added = split_context(context, self.config.added_width)
+            time = time + self.added_embedding(added)
         x = self.conv_in(latents)  # (B, widths[0], H, W)
         skips = [x]
         for block in self.down:
@@ -238,6 +260,12 @@ class UNet(nn.Module):
             x = torch.cat([x, skips.pop()], dim=1)  # (B, C + C of the skip, H, W)
             x = block(x, time, context, size_of(skips[-1] if skips else x))
         return self.conv_out(self.activation(self.norm_out(x)))  # (B, out_channels, H, W)
+
+
+def split_context(context: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Context (B, T + n, D) of a model that is told more than text (`xl.py`) -> (B, T, D), and (B, width) in n rows."""
+    rows = -(-width // context.shape[-1])
+    return context[:, :-rows], context[:, -rows:].flatten(1)[:, :width]
 
 
 def size_of(x: Tensor) -> tuple[int, int]:

@@ -31,6 +31,7 @@ EMOJI_TEXT_ENCODER = TextEncoderConfig(
     hidden_width=512,
     activation="quick_gelu",
     layer_norm_eps=1e-5,
+    projection=0,
 )
 
 EMOJI_UNET = UNetConfig(
@@ -39,10 +40,13 @@ EMOJI_UNET = UNetConfig(
     out_channels=4,
     widths=(64, 96, 128, 128),
     attention=(True, True, True, False),
+    depths=1,
     resnets_per_level=2,
     heads=8,
     linear_projections=False,
     context_width=EMOJI_TEXT_ENCODER.width,
+    added_width=0,
+    number_width=0,
     activation="silu",
     downsample_padding=1,
     norm_groups=8,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Adapters:
     """The LoRAs (Hu et al. 2021, arXiv:2106.09685) and textual inversions (Gal et al. 2022) loaded into one model.
 
-    `model` has a `unet`, a `text_encoder`, a `tokenizer` and a `config`.
+    `model` has `modules` ("unet", "text_encoder", ...), a `tokenizer` and a `config`.
     """
 
     def __init__(self, model: Any) -> None:
@@ -41,7 +41,7 @@ class Adapters:
 
         model = self.model
         lora = open_lora(path, model.config)
-        loaded = attach(lora, {"unet": model.unet, "text_encoder": model.text_encoder}, scale)
+        loaded = attach(lora, {name: part for name, part in model.modules.items() if name != "vae"}, scale)
         try:
             self._add(lora.words)
         except ValueError:

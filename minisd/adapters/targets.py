@@ -13,7 +13,7 @@ from minisd.checkpoint.keymap import KEYS, Key, Shape
 from minisd.checkpoint.naming import TEXT_PREFIX
 from minisd.config import ModelConfig
 
-COMPONENTS = ("unet", "text_encoder")
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 TABLES = ("token_embedding.weight", "position_embedding.weight")  # of the text encoder: rows, not a layer
 WEIGHT = ".weight"
 
@@ -39,9 +39,10 @@ class Target:
 
 
 def targets(config: ModelConfig) -> Iterator[Target]:
-    """Every layer that a LoRA can change: all linear layers and convolutions of the UNet and the text encoder."""
+    """Every layer that a LoRA can change: all linear layers and convolutions of the UNet and the text encoders."""
     for component in COMPONENTS:
-        yield from layers(component, KEYS[component](getattr(config, component)))
+        if (part := getattr(config, component)) is not None:
+            yield from layers(component, KEYS[component](part))
 
 
 def layers(component: str, keys: Iterable[Key]) -> Iterator[Target]:
@@ -73,16 +74,20 @@ def unet_names(target: Target) -> Iterator[str]:
 
 
 def text_names(target: Target) -> Iterator[str]:
-    """The same for the text encoder, whose `text_model.` some releases of transformers have and some have not.
+    """The same for a text encoder, whose `text_model.` some releases of transformers have and some have not.
 
-    Without any prefix only the long form is taken: `encoder.layers.0...` would be half of all transformers.
+    Without any prefix only the long form is taken: `encoder.layers.0...` would be half of all transformers. And only
+    for the first of two text encoders.
     """
-    long = target.diffusers
+    long, second = target.diffusers, target.component == "text_encoder_2"
     for name in (long, long.removeprefix(TEXT_PREFIX)):
-        yield from (f"{prefix}_{underscored(name)}" for prefix in ("lora_te", "lora_te1", "lycoris"))
+        prefixes = ("lora_te2",) if second else ("lora_te", "lora_te1", "lycoris")
+        yield from (f"{prefix}_{underscored(name)}" for prefix in prefixes)
         for spelling in (name, *processor(name, TEXT_PROCESSORS, ".")):
-            yield f"text_encoder.{spelling}"
-            yield f"text_encoder.base_model.model.{spelling}"
+            yield f"{target.component}.{spelling}"
+            yield f"{target.component}.base_model.model.{spelling}"
+    if second:
+        return
     for spelling in (long, *processor(long, TEXT_PROCESSORS, ".")):
         yield from (spelling, f"base_model.model.{spelling}")
 

@@ -31,7 +31,10 @@ UNET = Fields(
         "layers_per_block": ("resnets_per_level", 2),
         "attention_head_dim": ("heads", 8),
         "use_linear_projection": ("linear_projections", False),
+        "transformer_layers_per_block": ("depths", 1),
         "cross_attention_dim": ("context_width", 1280),
+        "projection_class_embeddings_input_dim": ("added_width", 0),
+        "addition_time_embed_dim": ("number_width", 0),
         "act_fn": ("activation", "silu"),
         "downsample_padding": ("downsample_padding", 1),
         "norm_num_groups": ("norm_groups", 32),
@@ -46,7 +49,6 @@ UNET = Fields(
         "mid_block_only_cross_attention": None,
         "only_cross_attention": False,
         "dropout": 0.0,
-        "transformer_layers_per_block": 1,
         "reverse_transformer_layers_per_block": None,
         "encoder_hid_dim": None,
         "encoder_hid_dim_type": None,
@@ -54,8 +56,6 @@ UNET = Fields(
         "dual_cross_attention": False,
         "class_embed_type": None,
         "class_embeddings_concat": False,
-        "addition_embed_type": None,
-        "addition_time_embed_dim": None,
         "num_class_embeds": None,
         "resnet_time_scale_shift": "default",
         "resnet_skip_time_act": False,
@@ -72,10 +72,10 @@ UNET = Fields(
     },
     silent=frozenset(
         {
-            "down_block_types",  # read by read_unet
+            "down_block_types",  # and these
             "up_block_types",
+            "addition_embed_type",  # read by read_unet
             "addition_embed_type_num_heads",
-            "projection_class_embeddings_input_dim",
             "upcast_attention",  # done by no attention kernel of torch's: without effect in diffusers too
         }
     ),
@@ -163,7 +163,7 @@ Config = TypeVar("Config")
 def build(kind: Callable[..., Config], arguments: dict[str, Any], where: str) -> Config:
     """Make the dataclass, with every number in a possible range."""
     for name, value in arguments.items():
-        if isinstance(value, list) and name in ("widths", "attention", "heads", "sample_size"):
+        if isinstance(value, list) and name in ("widths", "attention", "depths", "heads", "sample_size"):
             arguments[name] = value = tuple(value[: MAX_LEVELS + 1])
             if len(value) > MAX_LEVELS:
                 raise CheckpointError(f"{where}: {name} has more than {MAX_LEVELS} levels")
@@ -177,7 +177,8 @@ def build(kind: Callable[..., Config], arguments: dict[str, Any], where: str) ->
 MAX_INT = 1 << 20  # no width or vocabulary of this family comes near
 MAX_LEVELS = 8  # resolutions, and resnets at each: twice what any Stable Diffusion has
 MAX_LAYERS = 128  # of a text encoder: four times the largest CLIP's. The key table grows with depth
-MOST = {"layers": MAX_LAYERS, "resnets_per_level": MAX_LEVELS}
+MOST = {"layers": MAX_LAYERS, "resnets_per_level": MAX_LEVELS, "depths": MAX_LAYERS}
+MAY_BE_ZERO = ("projection", "added_width", "number_width")
 
 
 def check_number(where: str, name: str, value: Any) -> None:
@@ -197,7 +198,12 @@ def check_number(where: str, name: str, value: Any) -> None:
     elif name == "downsample_padding":
         if isinstance(value, bool) or value not in (0, 1):
             raise CheckpointError(f"{where}: downsample_padding={shown(repr(value))} is not supported: 0 and 1 are")
-    elif isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= MOST.get(name, MAX_INT):
+    elif (
+        isinstance(value, bool)
+        or not isinstance(value, int)
+        or not 0 <= value <= MOST.get(name, MAX_INT)
+        or (not value and name not in MAY_BE_ZERO)
+    ):
         raise wrong
 
 
@@ -215,9 +221,9 @@ def check_divides(where: str, arguments: dict[str, Any], name: str) -> None:
 def read_unet(config: Mapping[str, Any], where: str, notes: list[str]) -> UNetConfig:
     """unet/config.json -> UNetConfig. A list of equal numbers counts as one."""
     arguments = read_fields(UNET, config, where, notes)
-    widths = arguments["widths"]
-    lengths = {"heads": len(widths) if isinstance(widths, list) else 0, "sample_size": 2}  # of lists that may differ
-    for name in ("heads", "resnets_per_level", "context_width", "sample_size"):
+    levels = len(arguments["widths"]) if isinstance(arguments["widths"], list) else 0
+    lengths = {"heads": levels, "depths": levels, "sample_size": 2}  # of lists that may differ
+    for name in ("heads", "depths", "resnets_per_level", "context_width", "sample_size"):
         value = arguments[name]
         if isinstance(value, list) and value and all(item == value[0] for item in value):
             arguments[name] = value[0]
@@ -225,6 +231,11 @@ def read_unet(config: Mapping[str, Any], where: str, notes: list[str]) -> UNetCo
             raise CheckpointError(
                 f"{where}: {name} differs between levels ({shown(value)}), which minisd does not support"
             )
+    added = config.get("addition_embed_type")
+    if added not in (None, "text_time"):
+        raise CheckpointError(f"{where}: addition_embed_type={shown(repr(added))} is not supported: 'text_time' is")
+    for name in ("added_width", "number_width"):
+        arguments[name] = (added and arguments[name]) or 0
     down = config.get("down_block_types", ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"])
     up = config.get("up_block_types", ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3)
     known = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
@@ -261,13 +272,20 @@ def read_vae(config: Mapping[str, Any], where: str, notes: list[str]) -> VAEConf
 
 def read_text_encoder(config: Mapping[str, Any], where: str, notes: list[str]) -> TextEncoderConfig:
     """text_encoder/config.json -> TextEncoderConfig."""
-    return build(TextEncoderConfig, read_fields(TEXT_ENCODER, config, where, notes), where)
+    return build(TextEncoderConfig, read_fields(TEXT_ENCODER, config, where, notes) | {"projection": 0}, where)
+
+
+def read_text_encoder_2(config: Mapping[str, Any], where: str, notes: list[str]) -> TextEncoderConfig:
+    """text_encoder_2/config.json -> TextEncoderConfig: with the pooled vector."""
+    projection = {"projection": config.get("projection_dim", 512)}
+    return build(TextEncoderConfig, read_fields(TEXT_ENCODER, config, where, notes) | projection, where)
 
 
 READERS: dict[str, Callable[[Mapping[str, Any], str, list[str]], Any]] = {
     "unet": read_unet,
     "vae": read_vae,
     "text_encoder": read_text_encoder,
+    "text_encoder_2": read_text_encoder_2,
 }
 
 
@@ -284,7 +302,11 @@ def write_unet(config: UNetConfig) -> dict[str, Any]:
     up = ["CrossAttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(config.attention)]
     blocks = {"down_block_types": down, "up_block_types": up}
     constants = {name: UNET.neutral[name] for name in ("center_input_sample", "flip_sin_to_cos", "freq_shift")}
-    return {"_class_name": "UNet2DConditionModel", **renamed(UNET, config), **blocks, **constants}
+    numbers = renamed(UNET, config)
+    for name in ("projection_class_embeddings_input_dim", "addition_time_embed_dim"):
+        numbers[name] = numbers[name] or None
+    added = {"addition_embed_type": "text_time"} if config.added_width else {}
+    return {"_class_name": "UNet2DConditionModel", **numbers, **blocks, **constants, **added}
 
 
 def write_vae(config: VAEConfig) -> dict[str, Any]:
@@ -304,10 +326,10 @@ def write_text_encoder(config: TextEncoderConfig) -> dict[str, Any]:
     """TextEncoderConfig -> text_encoder/config.json."""
     start, end = config.vocabulary - 2, config.vocabulary - 1  # CLIP's two special tokens come last
     return {
-        "architectures": ["CLIPTextModel"],
+        "architectures": ["CLIPTextModelWithProjection" if config.projection else "CLIPTextModel"],
         "model_type": "clip_text_model",
         **renamed(TEXT_ENCODER, config),
-        "projection_dim": config.width,
+        "projection_dim": config.projection or config.width,
         "bos_token_id": start,
         "eos_token_id": end,
         "pad_token_id": end,
@@ -318,4 +340,5 @@ WRITERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "unet": write_unet,
     "vae": write_vae,
     "text_encoder": write_text_encoder,
+    "text_encoder_2": write_text_encoder,
 }

@@ -199,10 +199,14 @@ def open_files(paths: list[Path], name: Path) -> Files:
 Part = TypeVar("Part")
 FUSED = ("attn.in_proj_weight", "attn.in_proj_bias")  # OpenCLIP's queries, keys and values: one tensor, three layers
 THIRDS = ("/q", "/k", "/v")  # behind the tensor's name: these rows of it
+TURNED = "conditioner.embedders.1.model.text_projection"  # OpenCLIP's, a transposed matrix: "/t" behind its name
 
 
 def split_thirds(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """The same tensors, the fused ones as three: their rows lie behind each other, so each third is a tensor too."""
+    """The same tensors, the fused ones as three: their rows lie behind each other, so each third is a tensor too.
+
+    And the transposed one in the shape that a layer has.
+    """
     split: dict[str, TensorInfo] = {}
     for name, info in tensors.items():
         if name.endswith(FUSED) and info.shape and info.shape[0] % 3 == 0:
@@ -210,14 +214,23 @@ def split_thirds(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
             for number, third in enumerate(THIRDS):
                 start = info.start + number * size
                 split[name + third] = TensorInfo(info.dtype, (rows, *info.shape[1:]), start, start + size)
+        elif name.endswith(TURNED):
+            split[f"{name}/t"] = TensorInfo(info.dtype, info.shape[::-1], info.start, info.end)
         else:
             split[name] = info
     return split
 
 
+def is_turned(name: str) -> bool:
+    """Whether the tensor of this name is transposed in the file."""
+    return name.endswith(f"{TURNED}/t")
+
+
 def fused_name(name: str) -> tuple[str, int | None]:
     """A tensor's name in the file, and which third of it is meant: None for all of it."""
     whole, third = name[:-2], name[-2:]
+    if is_turned(name):
+        return whole, None
     return (whole, THIRDS.index(third)) if third in THIRDS and whole.endswith(FUSED) else (name, None)
 
 

@@ -18,6 +18,7 @@ SD15_REPOSITORY = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 GENERATION_CONFIG = "generation_config.json"  # the settings that a model's makers recommend
 
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+ALL_STEMS = {**STEMS, "text_encoder_2": "model"}  # with SDXL's
 
 
 EMBEDDED = ("emoji", "fashion")  # the small trained models that come with minisd
@@ -86,10 +87,12 @@ def index_name(stem: str, variant: str) -> str:
 
 def wanted_files(repository: str, names: list[str], *, half: bool, weights: str) -> list[str]:
     """Those `names` of files that make one model: configurations, tokenizer, one variant of each component."""
-    wanted = [name for name in names if name.startswith("tokenizer/")]
+    wanted = [name for name in names if name.startswith(("tokenizer/", "tokenizer_2/"))]
     wanted += [name for name in ("scheduler/scheduler_config.json", GENERATION_CONFIG) if name in names]
-    for component, stem in STEMS.items():
+    for component, stem in ALL_STEMS.items():
         if not any(name.startswith(f"{component}/") for name in names):
+            if component not in STEMS:
+                continue
             raise CheckpointError(
                 f"{repository}: has no {component}/{stem}.safetensors: it is not in diffusers' layout"
             )
@@ -101,7 +104,7 @@ def wanted_component(repository: str, names: list[str], component: str, *, half:
     """The files of one component: in its folder, or at the top of a repository that is this component alone."""
     folder = f"{component}/" if any(name.startswith(f"{component}/") for name in names) else ""
     here = [name.removeprefix(folder) for name in names if name.startswith(folder)]
-    stem = STEMS[component]
+    stem = ALL_STEMS[component]
     variant = variant_of(here, stem, half=half, weights=weights)
     if variant is None:
         raise CheckpointError(f"{repository}: has no {folder}{stem}.safetensors: it is not in diffusers' layout")

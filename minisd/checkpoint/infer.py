@@ -9,7 +9,7 @@ from dataclasses import replace
 from minisd.checkpoint.configs import MAX_LAYERS, MAX_LEVELS
 from minisd.checkpoint.header import TensorInfo
 from minisd.checkpoint.keymap import ema_name
-from minisd.checkpoint.naming import OPENCLIP_MARK, TEXT_PREFIX, Naming, Tensors, shape_of
+from minisd.checkpoint.naming import OPENCLIP_MARK, TEXT_PREFIX, XL_MARK, Naming, Tensors, shape_of
 from minisd.config import SD15, TextEncoderConfig, UNetConfig, VAEConfig
 from minisd.files import CheckpointError
 
@@ -19,50 +19,68 @@ def infer_unet(tensors: Tensors, naming: Naming) -> UNetConfig:
 
     SD 2.x, which its text encoder tells, has heads of 64 channels.
     """
-    widths, attention, resnets = unet_levels(tensors, naming)
+    widths, depths, resnets = unet_levels(tensors, naming)
     conv_in, conv_out = (shape_of(tensors, naming, name) for name in ("conv_in.weight", "conv_out.weight"))
     to_k = shape_of(tensors, naming, "middle.0.attention.cross_attn.k.weight")
     if not widths or conv_in is None or conv_out is None or to_k is None or len(conv_in) != 4 or len(to_k) != 2:
         raise CheckpointError("the UNet is incomplete: its first or middle layers are missing")
-    sd2 = to_k[1] == 1024 or OPENCLIP_MARK in tensors
+    added = find(tensors, naming, "add_embedding.linear_1.weight", "label_emb.0.0.weight")
+    linear = to_k[1] == 1024 or OPENCLIP_MARK in tensors or added is not None
+    middle = transformer_depth(tensors, naming, "mid_block.attentions.0", "middle_block.1")
+    every = [depth or 1 for depth in depths[:-1]] + [depths[-1] or middle or 1]  # the last is the middle's too
     return replace(
         SD15.unet,
         in_channels=conv_in[1],
         out_channels=conv_out[0],
         widths=tuple(widths),
-        attention=tuple(attention),
+        attention=tuple(depth > 0 for depth in depths),
+        depths=every[0] if len(set(every)) == 1 else tuple(every),
+        added_width=added.shape[1] if added and len(added.shape) == 2 else 0,
+        number_width=XL_NUMBERS if added else 0,
         resnets_per_level=resnets,
         context_width=to_k[1],
-        linear_projections=sd2,
-        heads=tuple(max(1, width // 64) for width in widths) if sd2 else SD15.unet.heads,
+        linear_projections=linear,
+        heads=tuple(max(1, width // 64) for width in widths) if linear else SD15.unet.heads,
+        sample_size=XL_SIZE if added else SD15.unet.sample_size,
     )
 
 
-def unet_levels(tensors: Tensors, naming: Naming) -> tuple[list[int], list[bool], int]:
-    """Follow the UNet of the file level by level: the width and attention of each level, and its resnets."""
-    diffusers = naming.column == "diffusers"
+XL_NUMBERS, XL_SIZE, XL_SCALING = 256, 128, 0.13025  # number_width, sample_size, the VAE's scaling factor
 
-    def find(name: str) -> TensorInfo | None:
-        return tensors.get(naming.prefix + (ema_name(name) if naming.column == "ema" else name))
 
+def find(tensors: Tensors, naming: Naming, diffusers: str, compvis: str) -> TensorInfo | None:
+    """A tensor of the UNet by either name."""
+    name = diffusers if naming.column == "diffusers" else compvis
+    return tensors.get(naming.prefix + (ema_name(name) if naming.column == "ema" else name))
+
+
+def transformer_depth(tensors: Tensors, naming: Naming, diffusers: str, compvis: str) -> int:
+    """How many layers the transformer of this name has: 0 where there is none."""
+    layer = "transformer_blocks.{}.norm1.weight"
+    names = [[f"{place}.{layer.format(depth)}" for place in (diffusers, compvis)] for depth in range(MAX_LAYERS)]
+    return next((depth for depth, both in enumerate(names) if find(tensors, naming, *both) is None), MAX_LAYERS)
+
+
+def unet_levels(tensors: Tensors, naming: Naming) -> tuple[list[int], list[int], int]:
+    """Follow the UNet of the file level by level: the width of each level, its transformers' depth, its resnets."""
     widths: list[int] = []
-    attention: list[bool] = []
+    depths: list[int] = []
     resnets, block = 0, 1
     for level in range(MAX_LEVELS):
         for index in range(MAX_LEVELS):
-            at = f"down_blocks.{level}.resnets.{index}.conv1" if diffusers else f"input_blocks.{block}.0.in_layers.2"
-            norm = f"down_blocks.{level}.attentions.{index}.norm" if diffusers else f"input_blocks.{block}.1.norm"
-            conv = find(f"{at}.weight")
+            here, there = f"down_blocks.{level}", f"input_blocks.{block}"
+            names = f"{here}.resnets.{index}.conv1.weight", f"{there}.0.in_layers.2.weight"
+            conv = find(tensors, naming, *names)
             if conv is None:
                 break
             if index == 0:
                 widths.append(conv.shape[0])
-                attention.append(find(f"{norm}.weight") is not None)
+                depths.append(transformer_depth(tensors, naming, f"{here}.attentions.0", f"{there}.1"))
             resnets, block = index + 1, block + 1
         if len(widths) == level:
             break
         block += 1  # CompVis counts the downsampling too
-    return widths, attention, resnets
+    return widths, depths, resnets
 
 
 def infer_vae(tensors: Tensors, naming: Naming) -> VAEConfig:
@@ -82,7 +100,12 @@ def infer_vae(tensors: Tensors, naming: Naming) -> VAEConfig:
     if not widths or conv_in is None or latent is None or len(conv_in) != 4 or len(latent) != 4:
         raise CheckpointError("the VAE is incomplete: its first layers are missing")
     return replace(
-        SD15.vae, image_channels=conv_in[1], latent_channels=latent[1], widths=tuple(widths), resnets_per_level=resnets
+        SD15.vae,
+        image_channels=conv_in[1],
+        latent_channels=latent[1],
+        widths=tuple(widths),
+        resnets_per_level=resnets,
+        scaling_factor=XL_SCALING if XL_MARK in tensors else SD15.vae.scaling_factor,
     )
 
 
@@ -92,6 +115,7 @@ def infer_text_encoder(tensors: Tensors, naming: Naming) -> TextEncoderConfig:
     Of OpenCLIP's 24 layers SD 2.x uses 23: what the last but one gives, normalised.
     """
     openclip = naming.column == "compvis"
+    projection = projection_of(tensors, naming)
     tokens = shape_of(tensors, naming, "token_embedding.weight")
     positions = shape_of(tensors, naming, "position_embedding.weight")
     hidden = shape_of(tensors, naming, "layers.0.feed_forward.expand.weight")
@@ -108,10 +132,23 @@ def infer_text_encoder(tensors: Tensors, naming: Naming) -> TextEncoderConfig:
         width=tokens[1],
         heads=max(1, tokens[1] // 64),
         layers=23 if openclip and layers == 24 else layers,
-        activation="gelu" if openclip else SD15.text_encoder.activation,
+        activation="gelu" if openclip or projection else SD15.text_encoder.activation,
+        projection=projection,
         context_length=positions[0],
         hidden_width=hidden[0],
     )
 
 
-INFER = {"unet": infer_unet, "vae": infer_vae, "text_encoder": infer_text_encoder}
+def projection_of(tensors: Tensors, naming: Naming) -> int:
+    """The width of the second text encoder's pooled vector."""
+    name = "model.text_projection/t" if naming.column == "compvis" else "text_projection.weight"
+    found = tensors.get(naming.prefix + name)
+    return found.shape[0] if found and naming.component == "text_encoder_2" else 0
+
+
+INFER = {
+    "unet": infer_unet,
+    "vae": infer_vae,
+    "text_encoder": infer_text_encoder,
+    "text_encoder_2": infer_text_encoder,
+}

@@ -8,7 +8,7 @@ never matched: there is no pattern, no replacement and no order to respect. Writ
 This file needs the standard library only.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from minisd.config import ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
 Shape = tuple[int, ...]
 
 COMPONENTS = ("unet", "vae", "text_encoder")
+FAMILY = (*COMPONENTS, "text_encoder_2")  # of which SDXL has the last
 
 # Where each component begins in a CompVis single file. (In diffusers' layout each has a folder of its own.)
 COMPVIS_PREFIX = {
@@ -24,6 +25,16 @@ COMPVIS_PREFIX = {
     "vae": "first_stage_model.",
     "text_encoder": "cond_stage_model.",
 }
+XL_PREFIX = {  # and in one of SDXL
+    **COMPVIS_PREFIX,
+    "text_encoder": "conditioner.embedders.0.",
+    "text_encoder_2": "conditioner.embedders.1.",
+}
+
+
+def prefixes(components: Container[str]) -> dict[str, str]:
+    """Where each component of a model begins in a single file."""
+    return XL_PREFIX if "text_encoder_2" in components else COMPVIS_PREFIX
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,26 +95,33 @@ UNET_RESNET = parts("""
     shortcut | conv_shortcut | skip_connection | conv1 i o
 """)
 
-TRANSFORMER = parts("""
-    norm                  | norm                              | = | norm c
-    proj_in               | proj_in                           | = | conv1 c c
-    self_attn_norm        | transformer_blocks.0.norm1        | = | norm c
-    self_attn.q           | transformer_blocks.0.attn1.to_q   | = | matrix c c
-    self_attn.k           | transformer_blocks.0.attn1.to_k   | = | matrix c c
-    self_attn.v           | transformer_blocks.0.attn1.to_v   | = | matrix c c
-    self_attn.out         | transformer_blocks.0.attn1.to_out.0 | = | linear c c
-    cross_attn_norm       | transformer_blocks.0.norm2        | = | norm c
-    cross_attn.q          | transformer_blocks.0.attn2.to_q   | = | matrix c c
-    cross_attn.k          | transformer_blocks.0.attn2.to_k   | = | matrix context c
-    cross_attn.v          | transformer_blocks.0.attn2.to_v   | = | matrix context c
-    cross_attn.out        | transformer_blocks.0.attn2.to_out.0 | = | linear c c
-    feed_forward_norm     | transformer_blocks.0.norm3        | = | norm c
-    feed_forward.expand   | transformer_blocks.0.ff.net.0.proj | = | linear c 8c
-    feed_forward.contract | transformer_blocks.0.ff.net.2     | = | linear 4c c
-    proj_out              | proj_out                          | = | conv1 c c
+TRANSFORMER_IN = parts("""
+    norm     | norm     | = | norm c
+    proj_in  | proj_in  | = | conv1 c c
 """)
 
-LINEAR_TRANSFORMER = [replace(part, kind="linear") if part.kind == "conv1" else part for part in TRANSFORMER]
+TRANSFORMER_LAYER = parts("""
+    self_attn_norm        | norm1         | = | norm c
+    self_attn.q           | attn1.to_q    | = | matrix c c
+    self_attn.k           | attn1.to_k    | = | matrix c c
+    self_attn.v           | attn1.to_v    | = | matrix c c
+    self_attn.out         | attn1.to_out.0 | = | linear c c
+    cross_attn_norm       | norm2         | = | norm c
+    cross_attn.q          | attn2.to_q    | = | matrix c c
+    cross_attn.k          | attn2.to_k    | = | matrix context c
+    cross_attn.v          | attn2.to_v    | = | matrix context c
+    cross_attn.out        | attn2.to_out.0 | = | linear c c
+    feed_forward_norm     | norm3         | = | norm c
+    feed_forward.expand   | ff.net.0.proj | = | linear c 8c
+    feed_forward.contract | ff.net.2      | = | linear 4c c
+""")
+
+TRANSFORMER_OUT = parts("proj_out | proj_out | = | conv1 c c")
+
+ADDED_EMBEDDING = parts("""
+    added_embedding.linear1 | add_embedding.linear_1 | label_emb.0.0 | linear added time
+    added_embedding.linear2 | add_embedding.linear_2 | label_emb.0.2 | linear time time
+""")
 
 DOWNSAMPLE = parts("conv | conv | op | conv3 c c")
 UPSAMPLE = parts("conv | conv | = | conv3 c c")
@@ -180,6 +198,9 @@ OPENCLIP_ENDS = parts("""
     final_norm         | text_model.final_layer_norm              | ln_final              | norm c
 """)
 
+# OpenCLIP multiplies by it from the right: transposed, "/t".
+OPENCLIP_PROJECTION = parts("projection | text_projection | text_projection/t! | matrix c projection")
+
 
 def place(block: list[Part], minisd: str, diffusers: str, compvis: str, **sizes: int) -> Iterator[Key]:
     """Put a block at its three places, each a prefix ("" or ending in a dot), with its sizes filled in."""
@@ -216,31 +237,48 @@ def unet_keys(config: UNetConfig) -> Iterator[Key]:
         "time": config.time_width,
     }
     yield from place(UNET_ENDS, "", "", "", **ends)
+    if config.added_width:
+        yield from place(ADDED_EMBEDDING, "", "", "", added=config.added_width, time=config.time_width)
     yield from unet_down(config)
     yield from unet_middle(config)
     yield from unet_up(config)
 
 
 def unet_block(
-    config: UNetConfig, here: str, folder: str, index: int, compvis: str, i: int, o: int, attention: bool
+    config: UNetConfig, here: str, folder: str, index: int, compvis: str, i: int, o: int, depth: int
 ) -> Iterator[Key]:
-    """A resnet from width i to o, and the transformer that may follow it."""
-    resnet, transformer = f"{folder}.resnets.{index}.", f"{folder}.attentions.{index}."
-    yield from place(UNET_RESNET, f"{here}.resnet.", resnet, f"{compvis}.0.", i=i, o=o, time=config.time_width)
-    if attention:
-        sizes = {"c": o, "4c": 4 * o, "8c": 8 * o, "context": config.context_width}
-        block = LINEAR_TRANSFORMER if config.linear_projections else TRANSFORMER
-        yield from place(block, f"{here}.attention.", transformer, f"{compvis}.1.", **sizes)
+    """A resnet from width i to o, and the transformer of so many layers that may follow it."""
+    names = f"{here}.resnet.", f"{folder}.resnets.{index}.", f"{compvis}.0."
+    yield from place(UNET_RESNET, *names, i=i, o=o, time=config.time_width)
+    if depth:
+        names = f"{here}.attention.", f"{folder}.attentions.{index}.", f"{compvis}.1."
+        yield from unet_transformer(config, *names, width=o, depth=depth)
+
+
+def unet_transformer(
+    config: UNetConfig, here: str, diffusers: str, compvis: str, width: int, depth: int
+) -> Iterator[Key]:
+    """A transformer: what leads into it, its layers, what leads out of it."""
+    sizes = {"c": width, "4c": 4 * width, "8c": 8 * width, "context": config.context_width}
+    first, last = (
+        [replace(part, kind="linear") if part.kind == "conv1" and config.linear_projections else part for part in block]
+        for block in (TRANSFORMER_IN, TRANSFORMER_OUT)
+    )
+    yield from place(first, here, diffusers, compvis, **sizes)
+    for layer in range(depth):
+        inside, block = f"{here}more.{layer - 1}." if layer else here, f"transformer_blocks.{layer}."
+        yield from place(TRANSFORMER_LAYER, inside, diffusers + block, compvis + block, **sizes)
+    yield from place(last, here, diffusers, compvis, **sizes)
 
 
 def unet_down(config: UNetConfig) -> Iterator[Key]:
     """The down blocks. CompVis counts `conv_in` among the blocks, so its numbers are one ahead."""
     block, width = 0, config.widths[0]
     for level, level_width in enumerate(config.widths):
-        folder, attention = f"down_blocks.{level}", config.attention[level]
+        folder, depth = f"down_blocks.{level}", config.attention[level] * config.depth_at(level)
         for index in range(config.resnets_per_level):
             here, compvis = f"down.{block}", f"input_blocks.{block + 1}"
-            yield from unet_block(config, here, folder, index, compvis, width, level_width, attention)
+            yield from unet_block(config, here, folder, index, compvis, width, level_width, depth)
             block, width = block + 1, level_width
         if level < len(config.widths) - 1:
             here, compvis = f"down.{block}.downsample.", f"input_blocks.{block + 1}.0."
@@ -251,7 +289,7 @@ def unet_down(config: UNetConfig) -> Iterator[Key]:
 def unet_middle(config: UNetConfig) -> Iterator[Key]:
     """The middle block: a resnet with a transformer, and a resnet."""
     width = config.widths[-1]
-    yield from unet_block(config, "middle.0", "mid_block", 0, "middle_block", width, width, True)
+    yield from unet_block(config, "middle.0", "mid_block", 0, "middle_block", width, width, config.depth_at(-1))
     names = "middle.1.resnet.", "mid_block.resnets.1.", "middle_block.2."
     yield from place(UNET_RESNET, *names, i=width, o=width, time=config.time_width)
 
@@ -260,13 +298,14 @@ def unet_up(config: UNetConfig) -> Iterator[Key]:
     """The up blocks. Each takes the previous output and a skip connection, concatenated along the channels."""
     block, width, skips = 0, config.widths[-1], config.skip_widths
     for level, level_width in reversed(list(enumerate(config.widths))):
-        folder, attention = f"up_blocks.{len(config.widths) - 1 - level}", config.attention[level]
+        folder = f"up_blocks.{len(config.widths) - 1 - level}"
+        depth = config.attention[level] * config.depth_at(level)
         for index in range(config.resnets_per_level + 1):
             here, compvis = f"up.{block}", f"output_blocks.{block}"
-            yield from unet_block(config, here, folder, index, compvis, width + skips.pop(), level_width, attention)
+            yield from unet_block(config, here, folder, index, compvis, width + skips.pop(), level_width, depth)
             block, width = block + 1, level_width
         if level > 0:  # CompVis puts it behind the transformer, or behind the resnet where there is none
-            compvis = f"{compvis}.{2 if attention else 1}."
+            compvis = f"{compvis}.{2 if depth else 1}."
             yield from place(UPSAMPLE, f"{here}.upsample.", f"{folder}.upsamplers.0.", compvis, c=width)
 
 
@@ -325,6 +364,8 @@ def text_encoder_keys(config: TextEncoderConfig) -> Iterator[Key]:
     ends, inside = (OPENCLIP_ENDS, OPENCLIP_LAYER) if config.openclip else (TEXT_ENDS, TEXT_LAYER)
     top = "model." if config.openclip else "transformer."
     yield from place(ends, "", "", top, c=config.width, **sizes)
+    if config.projection:
+        yield from place(OPENCLIP_PROJECTION, "", "", top, c=config.width, projection=config.projection)
     for layer in range(config.layers):
         folder = f"text_model.encoder.layers.{layer}."
         there = f"{top}transformer.resblocks.{layer}." if config.openclip else top + folder
@@ -335,12 +376,14 @@ KEYS: dict[str, Callable[[Any], Iterator[Key]]] = {
     "unet": unet_keys,
     "vae": vae_keys,
     "text_encoder": text_encoder_keys,
+    "text_encoder_2": text_encoder_keys,
 }
 
 
 def model_keys(config: ModelConfig) -> dict[str, list[Key]]:
     """The whole table, by component."""
-    return {component: list(keys(getattr(config, component))) for component, keys in KEYS.items()}
+    present = {name: part for name in FAMILY if (part := getattr(config, name)) is not None}
+    return {component: list(KEYS[component](part)) for component, part in present.items()}
 
 
 def ema_name(compvis: str) -> str:

@@ -44,7 +44,7 @@ class Checkpoint:
     @property
     def config(self) -> ModelConfig:
         parts = {name: component.config for name, component in self.components.items()}
-        return ModelConfig(**parts, scheduler=self.scheduler)
+        return ModelConfig(**{"text_encoder_2": None, **parts}, scheduler=self.scheduler)
 
     def _repr_html_(self) -> str:
         """In a notebook: where it lies, and what is in it."""

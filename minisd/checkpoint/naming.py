@@ -19,7 +19,12 @@ from minisd.files import CheckpointError, shown
 
 Tensors = Mapping[str, TensorInfo]
 
-TITLES = {"unet": "UNet", "vae": "VAE", "text_encoder": "text encoder"}  # the components, for people
+TITLES = {  # the components, for people
+    "unet": "UNet",
+    "vae": "VAE",
+    "text_encoder": "text encoder",
+    "text_encoder_2": "second text encoder",
+}
 
 # The prefixes that files in circulation have. The first entry of each is canonical.
 PREFIXES = {
@@ -34,14 +39,18 @@ PREFIXES = {
         "clip_l.",
         "cond_stage_model.transformer.",
         "cond_stage_model.",
+        "conditioner.embedders.0.transformer.",
     ),
     ("text_encoder", "compvis"): ("cond_stage_model.", ""),  # OpenCLIP's names
+    ("text_encoder_2", "diffusers"): ("", "text_encoder_2.", "te2.", "clip_g."),
+    ("text_encoder_2", "compvis"): ("conditioner.embedders.1.",),
 }
 
 # What training frameworks put in front of everything (torch.nn.DataParallel, torch.compile), one around the other too.
 FRAMEWORKS = ("module.", "_orig_mod.", "model.")
 WRAPPERS = tuple("".join(some) for count in range(4) for some in permutations(FRAMEWORKS, count))
 
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # what weights can be
 
 TEXT_PREFIX = "text_model."  # dropped by NovelAI-style files and by transformers 5.6 and later
@@ -74,7 +83,7 @@ def candidates(component: str) -> Iterable[Naming]:
     for (name, column), prefixes in PREFIXES.items():
         if name == component:
             for wrapper, prefix in product(WRAPPERS, prefixes):
-                for bare in (False, True) if (component, column) == ("text_encoder", "diffusers") else (False,):
+                for bare in (False, True) if component in TEXT_ENCODERS and column == "diffusers" else (False,):
                     yield Naming(component, column, wrapper + prefix, bare)
     if component == "unet":
         yield Naming(component, "ema", "")
@@ -87,7 +96,7 @@ OPENCLIP = replace(SD15.text_encoder, layers=23, activation="gelu")
 @cache
 def known_keys(component: str, column: str) -> dict[str, Key]:
     """SD 1.5's keys of a component by minisd's name (or SD 2.x's): enough to recognise a file of any widths."""
-    openclip = (component, column) == ("text_encoder", "compvis")
+    openclip = component == "text_encoder_2" or (component, column) == ("text_encoder", "compvis")
     keys = text_encoder_keys(OPENCLIP) if openclip else model_keys(SD15)[component]
     return {key.minisd: key for key in keys}
 
@@ -128,7 +137,9 @@ IGNORABLE: tuple[tuple[str, str, frozenset[str]], ...] = tuple(
             "Stable Diffusion uses the hidden states only",
             "cond_stage_model.logit_scale cond_stage_model.text_projection logit_scale text_projection.weight "
             "cond_stage_model.model.logit_scale cond_stage_model.model.text_projection "
-            "cond_stage_model.transformer.text_projection.weight vision_model. visual_projection.weight",
+            "cond_stage_model.transformer.text_projection.weight vision_model. visual_projection.weight "
+            "conditioner.embedders.0.logit_scale conditioner.embedders.0.transformer.text_projection.weight "
+            "conditioner.embedders.1.model.logit_scale",
         ),
         (
             "last layer of OpenCLIP",
@@ -163,9 +174,14 @@ def ignorable(name: str) -> str | None:
     return "position ids" if name.endswith("embeddings.position_ids") else None
 
 
-# What is not Stable Diffusion 1.x or 2.x, by the beginnings of names that only it has; most telling first.
+XL_MARK = "model.diffusion_model.label_emb.0.0.weight"  # in every whole file of SDXL, and in no other
+
+PART_OF_XL = "a part of SDXL"
+
+# What is not of this family, by the beginnings of names that only it has; most telling first.
 STRANGERS = (
-    ("SDXL", "conditioner.embedders. model.diffusion_model.label_emb. add_embedding.linear_1.weight"),
+    ("the SDXL refiner", "conditioner.embedders.0.model."),
+    (PART_OF_XL, "conditioner.embedders. model.diffusion_model.label_emb. add_embedding.linear_1.weight"),
     (
         "SD 3 or Flux",
         "model.diffusion_model.joint_blocks. joint_blocks. double_blocks. model.diffusion_model.double_blocks. "
@@ -190,8 +206,12 @@ LORA, EMBEDDING = "a LoRA: a change to a model, not a model", "a textual inversi
 
 def way_out(other: str) -> str:
     """What to do with a file that turned out to be something else."""
-    hints = {LORA: "give it to load_lora() or --lora", EMBEDDING: "give it to load_embedding() or --embedding"}
-    return hints.get(other, "minisd knows Stable Diffusion 1.x and 2.x")
+    hints = {
+        PART_OF_XL: "its UNet is missing",
+        LORA: "give it to load_lora() or --lora",
+        EMBEDDING: "give it to load_embedding() or --embedding",
+    }
+    return hints.get(other, "minisd knows Stable Diffusion 1.x, 2.x and XL (base)")
 
 
 def is_lora(name: str) -> bool:
@@ -207,21 +227,16 @@ def is_embedding(tensors: Tensors) -> bool:
 
 
 def stranger(tensors: Tensors) -> str | None:
-    """What else the file is, if it is not Stable Diffusion 1.x or 2.x: a name for people, or None."""
+    """What else the file is, if it is not Stable Diffusion: a name for people, or None."""
     if tensors and sum(map(is_lora, tensors)) > len(tensors) // 3:
         return LORA
     if is_embedding(tensors):
         return EMBEDDING
     for label, marks in STRANGERS:
         marked = any(name.startswith(tuple(marks.split())) for name in tensors)
-        if marked and not (label.startswith("a ControlNet") and namings("unet", tensors)):  # in a model, a leftover
+        # In a model a ControlNet is a leftover, and these names are in their place.
+        if marked and not (label in ("a ControlNet", PART_OF_XL) and namings("unet", tensors)):
             return label
-    if not any("attn2.to_k" in name or "attn2to_k" in name for name in tensors):
-        return None
-    for naming in namings("unet", tensors).values():
-        to_k = shape_of(tensors, naming, "down.0.attention.cross_attn.k.weight")
-        if to_k and to_k[1] == 2048:
-            return "SDXL"
     return None
 
 

@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minisd.checkpoint import configs, tokenizer_files
-from minisd.checkpoint.header import by_whole
-from minisd.checkpoint.hub import GENERATION_CONFIG, STEMS, single_name
-from minisd.checkpoint.keymap import COMPONENTS, COMPVIS_PREFIX, model_keys
+from minisd.checkpoint.header import by_whole, is_turned
+from minisd.checkpoint.hub import ALL_STEMS, GENERATION_CONFIG, single_name
+from minisd.checkpoint.keymap import FAMILY, model_keys, prefixes
+from minisd.checkpoint.naming import TEXT_ENCODERS
 from minisd.config import END, START, ModelConfig, UNetConfig
 from minisd.tokenizer import CLIPTokenizer, usual_padding
 
@@ -37,6 +38,16 @@ MODEL_INDEX = {
     "tokenizer": ["transformers", "CLIPTokenizer"],
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+XL_INDEX = {
+    **{name: value for name, value in MODEL_INDEX.items() if "safety" not in name},
+    "_class_name": "StableDiffusionXLPipeline",
+    "force_zeros_for_empty_prompt": True,
+    "image_encoder": [None, None],
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"],
 }
 
 
@@ -63,7 +74,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 # What minisd writes into a model's folder. A folder that holds anything else is not minisd's to replace.
-OWN = {*COMPONENTS, "model_index.json", "scheduler", "tokenizer", GENERATION_CONFIG, "leftovers.safetensors"}
+OWN = {*FAMILY, "model_index.json", "scheduler", "tokenizer", "tokenizer_2", GENERATION_CONFIG, "leftovers.safetensors"}
 
 
 def check_replaceable(destination: Path, *, file: bool, component: bool = False) -> None:
@@ -150,7 +161,7 @@ def write_folder(model: Model, folder: Path, dtype: torch.dtype | None) -> None:
     for component, keys in model_keys(model.config).items():
         state = model.states[component]
         tensors = {key.diffusers: plain(state[key.minisd], key.shape, dtype) for key in keys}
-        path = folder / component / single_name(STEMS[component], "")
+        path = folder / component / single_name(ALL_STEMS[component], "")
         path.parent.mkdir(parents=True)
         write_tensors(path, tensors, {})
     write_settings(folder, model.config, model.tokenizer, model.generation)
@@ -158,23 +169,30 @@ def write_folder(model: Model, folder: Path, dtype: torch.dtype | None) -> None:
 
 def write_settings(folder: Path, config: ModelConfig, tokenizer: CLIPTokenizer, generation: Mapping[str, Any]) -> None:
     """What a folder in diffusers' layout holds beside the weights."""
-    for component in COMPONENTS:
+    for component in components_of(config):
         stored = configs.WRITERS[component](getattr(config, component))
-        if component == "text_encoder":  # added tokens may stand behind the two special tokens
+        if component in TEXT_ENCODERS:  # added tokens may stand behind the two special tokens
             ends = {"bos_token_id": START, "eos_token_id": END, "pad_token_id": tokenizer.pad_token}
             stored |= {name: tokenizer.vocabulary[token] for name, token in ends.items()}
         write_json(folder / component / "config.json", stored)
     write_json(folder / "scheduler" / "scheduler_config.json", {"_class_name": "DDIMScheduler", **config.scheduler})
     tokenizer_files.write_folder(tokenizer, folder / "tokenizer")
+    if config.text_encoder_2:
+        tokenizer_files.write_folder(tokenizer.padded_with("!"), folder / "tokenizer_2")
     if generation:
         write_json(folder / GENERATION_CONFIG, generation)
-    write_json(folder / "model_index.json", MODEL_INDEX)
+    write_json(folder / "model_index.json", XL_INDEX if config.text_encoder_2 else MODEL_INDEX)
+
+
+def components_of(config: ModelConfig) -> list[str]:
+    return [name for name in FAMILY if getattr(config, name) is not None]
 
 
 def write_single_file(model: Model, file: Path, dtype: torch.dtype | None, title: str) -> None:
     """CompVis' layout: one file."""
+    prefix = prefixes(components_of(model.config))
     tensors = {
-        COMPVIS_PREFIX[component] + key.compvis: plain(model.states[component][key.minisd], key.compvis_shape, dtype)
+        prefix[component] + key.compvis: plain(model.states[component][key.minisd], key.compvis_shape, dtype)
         for component, keys in model_keys(model.config).items()
         for key in keys
     }
@@ -183,15 +201,16 @@ def write_single_file(model: Model, file: Path, dtype: torch.dtype | None, title
 
 
 def fused(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same, the thirds of one tensor (OpenCLIP's queries, keys and values) concatenated."""
-    return {name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in by_whole(tensors).items()}
+    """The same, the thirds of one tensor (OpenCLIP's queries, keys and values) concatenated, its projection turned."""
+    turned = {name: tensor.T.contiguous() if is_turned(name) else tensor for name, tensor in tensors.items()}
+    return {name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in by_whole(turned).items()}
 
 
 def settings_as_metadata(
     config: ModelConfig, tokenizer: CLIPTokenizer, generation: Mapping[str, Any]
 ) -> dict[str, str]:
     """What the shapes in a single file cannot tell: heads, norm groups, schedule, vocabulary."""
-    stored = {component: configs.WRITERS[component](getattr(config, component)) for component in COMPONENTS}
+    stored = {name: configs.WRITERS[name](getattr(config, name)) for name in components_of(config)}
     stored["scheduler"] = dict(config.scheduler)
     metadata = {"minisd.config": json.dumps(stored)}
     usual = CLIPTokenizer.clip(usual_padding(config.text_encoder))
@@ -209,10 +228,11 @@ def modelspec(title: str, prediction: str, unet: UNetConfig, downsampling: int, 
     date: the same model written twice is the same file.
     """
     v2 = f"v2-{'768-v' if prediction == 'v_prediction' else '512'}"
+    family = "xl-v1-base" if unet.added_width else v2 if unet.linear_projections else "v1"
     height, width = (side * downsampling for side in unet.own_size)
     return {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"stable-diffusion-{v2 if unet.linear_projections else 'v1'}{kind}",
+        "modelspec.architecture": f"stable-diffusion-{family}{kind}",
         "modelspec.implementation": "https://github.com/CompVis/ldm",
         "modelspec.title": title,
         "modelspec.prediction_type": "v" if prediction == "v_prediction" else prediction,

@@ -21,11 +21,12 @@ from typing import Any
 
 from minisd.checkpoint import configs, schedule, tokenizer_files
 from minisd.checkpoint.header import WAY_OUT, Files, TensorInfo, open_files, shard_paths
-from minisd.checkpoint.hub import GENERATION_CONFIG, STEMS, index_name, resolve, single_name, variant_of
+from minisd.checkpoint.hub import ALL_STEMS, GENERATION_CONFIG, index_name, resolve, single_name, variant_of
 from minisd.checkpoint.infer import INFER
-from minisd.checkpoint.keymap import COMPONENTS, KEYS, Key
+from minisd.checkpoint.keymap import COMPONENTS, FAMILY, KEYS, Key
 from minisd.checkpoint.naming import (
     OPENCLIP_MARK,
+    TEXT_ENCODERS,
     TITLES,
     Match,
     Naming,
@@ -106,7 +107,7 @@ class Survey:
     path: Path
     sets: dict[str, Files]  # component -> its folder's weights; "" -> those without a folder of their own
     parts: dict[str, Part]  # by title
-    other: str | None  # what it is, if it is not Stable Diffusion 1.x
+    other: str | None  # what it is, if it is no Stable Diffusion
     schedule: Schedule
     generation: dict[str, Any]  # recommended settings: steps, guidance_scale
     notes: tuple[str, ...]  # sentences that a person should see
@@ -119,7 +120,7 @@ class Survey:
 
     def chosen(self, weights: str = "auto") -> dict[str, Part]:
         """The components, the UNet's raw or averaged weights as `weights` says: whole or not."""
-        parts = {name: self.parts[name] for name in COMPONENTS if name in self.parts}
+        parts = {name: self.parts[name] for name in FAMILY if name in self.parts}
         if weights == "ema" and self.layout == "diffusers":  # there, variants of the files stand for it
             return parts
         if AVERAGED in self.parts and (weights == "ema" or (weights == "auto" and "unet" not in parts)):
@@ -226,7 +227,7 @@ def survey(
     told = told_of_schedule(path, sets, prediction, flaws)
     parts: dict[str, Part] = {}
     for place, (files, config) in found.items():
-        wanted = [only or place] if only or place else COMPONENTS
+        wanted = [only or place] if only or place else FAMILY
         found_parts = (part for component in wanted for part in find_parts(component, files, config, told.prediction))
         parts |= {part.title: part for part in found_parts}
     others = (stranger(files.tensors) for files in sets.values())
@@ -261,7 +262,7 @@ def find_files(path: Path, *, half: bool, weights: str, only: str | None) -> dic
     if not path.is_dir():
         paths = shard_paths(path) if path.suffix == ".json" else [path]
         return {"": (open_files(paths, path), None)}
-    names = (only,) if only else COMPONENTS
+    names = (only,) if only else FAMILY
     folders = {name: path / name for name in names if (path / name).is_dir()} or {"": path}
     endings = (*PICKLES, ".safetensors", ".safetensors.index.json")
     if "" in folders and not only and not any(entry.name.endswith(endings) for entry in path.iterdir()):
@@ -281,7 +282,7 @@ PICKLES = (".bin", ".ckpt", ".pt")
 def open_component_folder(folder: Path, component: str, *, half: bool, weights: str) -> Files:
     """The weights in one folder of diffusers' layout, whichever variant and however many shards."""
     names = sorted(entry.name for entry in folder.iterdir())
-    for stem in dict.fromkeys((STEMS[component], *STEMS.values())):
+    for stem in dict.fromkeys((ALL_STEMS[component], *ALL_STEMS.values())):
         variant = variant_of(names, stem, half=half, weights=weights)
         if variant is None:
             continue
@@ -292,7 +293,7 @@ def open_component_folder(folder: Path, component: str, *, half: bool, weights: 
         return open_files(shard_paths(index), index)
     if any(name.endswith(PICKLES) for name in names):
         raise CheckpointError(f"{folder}: holds pickles only, which may run code when opened: {WAY_OUT}")
-    raise CheckpointError(f"{folder}: has no {STEMS[component]}.safetensors")
+    raise CheckpointError(f"{folder}: has no {ALL_STEMS[component]}.safetensors")
 
 
 def described(files: Files) -> str:
@@ -311,6 +312,8 @@ def described(files: Files) -> str:
 def find_parts(component: str, files: Files, config: Path | None, prediction: str) -> Iterator[Part]:
     """A component under each set of names that it has in the files."""
     for naming in namings(component, files.tensors).values():
+        if component == "text_encoder_2" and config is None and not naming.prefix:
+            continue  # plain names are those of a text encoder alone
         notes: list[str] = []
         (numbers, flaw), problems = configuration(component, naming, files, config, prediction, notes), Problems()
         keys = list(KEYS[component](numbers))
@@ -339,18 +342,19 @@ def configuration(
         flaw = f"{where}: holds a broken configuration of the {TITLES[component]}"
     try:
         config: Any = INFER[component](files.tensors, naming)
-        if component == "unet" and config.linear_projections and prediction == "v_prediction":
+        sd2 = component == "unet" and config.linear_projections and not config.added_width
+        if sd2 and prediction == "v_prediction":
             config = replace(config, sample_size=96)  # SD 2.x learned v at 768 x 768 pixels
         return configs.build(type(config), vars(config).copy(), f"{files.path}: {TITLES[component]} shapes"), flaw
     except CheckpointError as error:
         message = str(error)
         inferred = message if str(files.path) in message else f"{files.path}: {message}"
-        return getattr(SD15, component), flaw or inferred
+        return getattr(SD15, component) or SD15.text_encoder, flaw or inferred
 
 
 def known_fields(component: str, config: dict[str, Any]) -> dict[str, Any]:
     """A component's configuration, out of that of all of CLIP where it is in there."""
-    if component == "text_encoder" and isinstance(config.get("text_config"), dict):
+    if component in TEXT_ENCODERS and isinstance(config.get("text_config"), dict):
         known = configs.TEXT_ENCODER.used | configs.TEXT_ENCODER.neutral
         return {name: value for name, value in config["text_config"].items() if name in known}
     return config
@@ -427,16 +431,26 @@ def told_of_generation(path: Path, sets: dict[str, Files], flaws: list[str]) -> 
 
 
 def check_fit(path: Path, config: dict[str, Any]) -> None:
-    """Raise CheckpointError where the three components do not agree on the widths where they meet."""
-    unet, vae, text = (config[name] for name in COMPONENTS)
-    if unet.context_width != text.width:
+    """Raise CheckpointError where the components do not agree on the widths where they meet."""
+    unet, vae, text, second = (*(config[name] for name in COMPONENTS), config.get("text_encoder_2"))
+    width = text.width + (second.width if second else 0)
+    if unet.context_width != width:
         raise CheckpointError(
-            f"{path}: the UNet expects text of width {unet.context_width}, the text encoder gives {text.width}"
+            f"{path}: the UNet expects text of width {unet.context_width}, the text encoder gives {width}"
+        )
+    numbers = unet.added_width - (second.projection if second else 0)
+    if bool(unet.added_width) != bool(second) or numbers != XL_NUMBERS * unet.number_width:
+        raise CheckpointError(
+            f"{path}: beside text the UNet expects {unet.added_width} numbers, and the text encoders give "
+            f"{second.projection if second else 0}"
         )
     if unet.out_channels != vae.latent_channels:
         raise CheckpointError(
             f"{path}: the UNet makes {unet.out_channels} latent channels, the VAE has {vae.latent_channels}"
         )
+
+
+XL_NUMBERS = 6  # height and width three times: of the original picture, of the crop's corner, of the target
 
 
 def check_tokenizer(path: Path, tokenizer: Any, config: TextEncoderConfig) -> None:

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from minisd.checkpoint.header import Files, fused_name
+from minisd.checkpoint.header import Files, fused_name, is_turned
 from minisd.checkpoint.naming import Match
 from minisd.files import CheckpointError
 
@@ -46,6 +46,8 @@ def tensor_of(file: Any, name: str) -> Tensor:
     """A tensor of an open file, or a third of one."""
     whole, third = fused_name(name)
     tensor: Tensor = file.get_tensor(whole)
+    if is_turned(name):
+        return tensor.T.contiguous()
     return tensor if third is None else tensor.chunk(3)[third]
 
 
@@ -83,6 +85,9 @@ class Values(Mapping[str, Tensor]):
         Read, not memory-mapped: of a file of any size no more than a piece is ever in memory.
         """
         source, shape = self.match.sources[name]
+        if is_turned(source):
+            yield slice(None), self[name]
+            return
         info = self.files.tensors[source]
         dtype = DTYPES[info.dtype]
         row = prod(shape[1:])

@@ -409,7 +409,7 @@ BAD = {
     "renamed pickle": (["cat", "-m", "{models}/pickle.safetensors"], "pickle"),
     "ckpt": (["cat", "-m", "{models}/model.ckpt"], "pickle"),
     "empty folder": (["cat", "-m", "{models}/folder"], "not a model in diffusers' layout"),
-    "SDXL": (["cat", "-m", "{models}/sdxl.safetensors"], "is SDXL"),
+    "SDXL": (["cat", "-m", "{models}/sdxl.safetensors"], "is a part of SDXL"),
     "VAE only": (["cat", "-m", "{models}/vae.safetensors"], "holds a VAE only"),
     "holes": (["cat", "-m", "{models}/holes.safetensors"], "tensors missing"),
     "not a VAE": (["cat", "--vae", "{models}/sdxl.safetensors"], "does not hold a VAE"),

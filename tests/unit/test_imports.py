@@ -95,7 +95,7 @@ FLOORS = (
         "minisd.lab.taps",
         "minisd.backends",
     ),
-    ("minisd.model", "minisd.pipeline", "minisd.pixel.pipeline"),
+    ("minisd.model", "minisd.pipeline", "minisd.pixel.pipeline", "minisd.xl"),
     ("minisd.tasks", "minisd.batch"),
     ("minisd.diffusers", "minisd.lab"),
     ("minisd.explain",),

@@ -19,8 +19,8 @@ import torch
 
 from minisd.checkpoint import configs
 from minisd.checkpoint.header import Files, open_files
-from minisd.checkpoint.hub import STEMS, index_name, single_name
-from minisd.checkpoint.keymap import COMPONENTS, COMPVIS_PREFIX, KEYS, Key
+from minisd.checkpoint.hub import ALL_STEMS, index_name, single_name
+from minisd.checkpoint.keymap import FAMILY, KEYS, Key, prefixes
 from minisd.checkpoint.load import Checkpoint, check_parts, open_alone, open_checkpoint, read_tokenizer
 from minisd.checkpoint.naming import EMBEDDING, LORA, stranger
 from minisd.checkpoint.save import check_replaceable, into_place, write_json, write_settings
@@ -150,7 +150,7 @@ def plan(wanted: Conversion) -> Job:
 def plan_component(wanted: Conversion, component: str, target: Path, layout: str) -> Job:
     """A component alone."""
     part = open_alone(wanted.source, component, weights=wanted.weights)
-    entries = rename(part, component, layout, wanted.dtype)
+    entries = rename(part, layout, prefixes([component])[component], wanted.dtype)
     return Job(
         target=target, layout=layout, checkpoint=None, entries={component: entries}, leftovers=[],
         metadata=leftovers.of_component(component, part.config, entries), shard_size=wanted.shard_size,
@@ -172,7 +172,8 @@ def plan_model(wanted: Conversion, target: Path, layout: str) -> Job:
     for name in wanted.take.keys() - {"vae"}:
         checkpoint.components[name] = open_alone(wanted.take[name], name, weights=wanted.weights)
     check_parts(checkpoint)
-    entries = {name: rename(part, name, layout, wanted.dtype) for name, part in checkpoint.components.items()}
+    parts = checkpoint.components
+    entries = {name: rename(part, layout, prefixes(parts)[name], wanted.dtype) for name, part in parts.items()}
     beside, metadata = (None, {}) if wanted.lean else leftovers.beside(checkpoint)
     spare = [copied(beside, name, name, info.shape) for name, info in beside.tensors.items()] if beside else []
     if wanted.prediction not in (None, "v_prediction"):  # a marker tensor would say otherwise
@@ -209,8 +210,8 @@ def check(target: Path, layout: str, wanted: Conversion) -> None:
     component, dtype, shard_size = wanted.component, wanted.dtype, wanted.shard_size
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r}: must be one of {', '.join(LAYOUTS)}")
-    if component is not None and component not in COMPONENTS:
-        raise ValueError(f"component={component!r}: must be one of {', '.join(COMPONENTS)}")
+    if component is not None and component not in FAMILY:
+        raise ValueError(f"component={component!r}: must be one of {', '.join(FAMILY)}")
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype}: weights are floating point")
     if shard_size is not None and (layout != "diffusers" or target.suffix == ".safetensors" or shard_size < 1):
@@ -233,19 +234,19 @@ def check_apart(target: Path, sources: Iterable[str | os.PathLike[str]]) -> None
             raise ValueError(f"{target}: would replace {source}, which is read; choose another name")
 
 
-def rename(part: Part, component: str, layout: str, dtype: torch.dtype | None) -> list[Entry]:
-    """A component's tensors under the names and in the shapes of a layout."""
+def rename(part: Part, layout: str, prefix: str, dtype: torch.dtype | None) -> list[Entry]:
+    """A component's tensors under the names and in the shapes of a layout; `prefix`: of a single file's names."""
     values = Values(part.files, part.match)
     return [
-        weight(values, key.minisd, *place_of(key, component, layout), dtype) for key in KEYS[component](part.config)
+        weight(values, key.minisd, *place_of(key, prefix, layout), dtype) for key in KEYS[part.component](part.config)
     ]
 
 
-def place_of(key: Key, component: str, layout: str) -> tuple[str, tuple[int, ...]]:
+def place_of(key: Key, prefix: str, layout: str) -> tuple[str, tuple[int, ...]]:
     """What a layout calls a weight, and the shape that it gives it."""
     if layout == "diffusers":
         return key.diffusers, key.shape
-    return COMPVIS_PREFIX[component] + key.compvis, key.compvis_shape
+    return prefix + key.compvis, key.compvis_shape
 
 
 # ---- writing ---------------------------------------------------------------------------------------------
@@ -261,7 +262,7 @@ def run(job: Job, place: Path, advance: Advance) -> None:
         folder = place if job.checkpoint is None else place / component
         folder.mkdir(parents=True)
         metadata = {"format": "pt"} | job.recipe
-        write_shards(folder, STEMS[component], entries, job.shard_size, metadata, advance)
+        write_shards(folder, ALL_STEMS[component], entries, job.shard_size, metadata, advance)
         if job.checkpoint is None:
             write_json(folder / "config.json", configs.WRITERS[component](job.components[component].config))
     if job.checkpoint is not None:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from minisd.checkpoint.keymap import COMPONENTS
 from minisd.checkpoint.naming import TITLES
 from minisd.checkpoint.survey import Part
 from minisd.checkpoint.values import Values
@@ -219,7 +218,7 @@ def verdicts(difference: Difference, one: Report, other: Report) -> Iterable[str
     elif all(change.equal_in_half for change in difference.changes) and not difference.misshapen:
         yield "A and B are equal after rounding to float16"
     names = [TITLES.get(title, title) for title in changed]
-    if len(parts) == len(COMPONENTS) and len(changed) == 1 and not difference.misshapen:
+    if len(parts) > 2 and len(changed) == 1 and not difference.misshapen:
         yield f"A is B with another {names[0]}"
     yield from averages(one, other)
 

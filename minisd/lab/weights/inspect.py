@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minisd.checkpoint.header import Files, TensorInfo, fused_name
-from minisd.checkpoint.keymap import COMPONENTS
+from minisd.checkpoint.keymap import FAMILY
 from minisd.checkpoint.naming import TITLES, ignorable
 from minisd.checkpoint.survey import AVERAGED, Part, Survey, survey
 from minisd.config import SD15
@@ -103,25 +103,27 @@ def what_it_is(found: Survey, parts: Mapping[str, Part], names: Mapping[str, Ten
     return name_of(parts, names) + (", a folder in diffusers' layout" if found.layout == "diffusers" else "")
 
 
-def is_sd2(parts: Mapping[str, Part]) -> bool:
-    """Whether one of the components says so."""
+def family_of(parts: Mapping[str, Part]) -> str:
+    """Which Stable Diffusion it is, as one of the components says."""
     unet, text = parts.get("unet") or parts.get(AVERAGED), parts.get("text_encoder")
-    return bool((unet and unet.config.linear_projections) or (text and text.config.openclip))
+    if "text_encoder_2" in parts or (unet and unet.config.added_width):
+        return "XL"
+    return "2.x" if (unet and unet.config.linear_projections) or (text and text.config.openclip) else "1.x"
 
 
 def name_of(parts: Mapping[str, Part], names: Mapping[str, TensorInfo]) -> str:
     """`Stable Diffusion 1.x for inpainting, raw and averaged (EMA) weights`."""
     unet = parts.get("unet") or parts.get(AVERAGED)
-    present = [component for component in COMPONENTS if any(p.component == component for p in parts.values())]
+    present = [component for component in FAMILY if any(p.component == component for p in parts.values())]
     if not present:
         some = ", ".join(shown(name, 60) for name in sorted(names)[:3])
         return f"not Stable Diffusion: {len(names)} tensors such as {some or 'none'}"
     kind = KINDS.get(unet.config.in_channels, f" with {unet.config.in_channels} channels in") if unet else ""
     both = {name for name in parts if name.startswith("unet")}
     sets = {1: "" if "unet" in both else ", averaged (EMA) weights only", 2: ", raw and averaged (EMA) weights"}
-    family = "2.x" if is_sd2(parts) else "1.x"
+    family = family_of(parts)
     whole = f"Stable Diffusion {family}" + kind + sets.get(len(both), "")
-    if len(present) == len(COMPONENTS):
+    if len(present) == len(FAMILY) - (family != "XL"):
         return whole
     only = " and ".join(TITLES[component] for component in present)
     return f"{only} only, of {whole}" if unet else f"{only} only"

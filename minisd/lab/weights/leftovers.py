@@ -12,7 +12,7 @@ from typing import Any
 from minisd.checkpoint import configs
 from minisd.checkpoint.header import Files, TensorInfo, open_files
 from minisd.checkpoint.infer import INFER
-from minisd.checkpoint.keymap import COMPVIS_PREFIX, model_keys
+from minisd.checkpoint.keymap import model_keys, prefixes
 from minisd.checkpoint.load import Checkpoint, read_tokenizer
 from minisd.checkpoint.naming import ignorable, namings
 from minisd.checkpoint.save import modelspec_of, settings_as_metadata
@@ -37,8 +37,8 @@ def beside(checkpoint: Checkpoint) -> tuple[Files | None, dict[str, str]]:
     files = checkpoint.survey.sets[""]
     parts = checkpoint.components.values()
     gone = {name for part in parts for name in part.match.used}
-    keys = model_keys(checkpoint.config).items()
-    gone |= {COMPVIS_PREFIX[component] + key.compvis for component, rows in keys for key in rows}
+    keys, prefix = model_keys(checkpoint.config), prefixes(checkpoint.components)
+    gone |= {prefix[component] + key.compvis for component, rows in keys.items() for key in rows}
     if any(part.match.scales for part in parts):
         gone |= {name for name in files.tensors if ignorable(name) == "8-bit settings"}
     rest = {name: info for name, info in files.tensors.items() if name not in gone}

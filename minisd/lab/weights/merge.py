@@ -24,7 +24,7 @@ from torch import Tensor
 from minisd.adapters.lora import Change, LoRA, baked_together, open_lora
 from minisd.checkpoint.header import Files
 from minisd.checkpoint.hub import sha256
-from minisd.checkpoint.keymap import COMPONENTS, KEYS, Key
+from minisd.checkpoint.keymap import FAMILY, KEYS, Key
 from minisd.checkpoint.load import Checkpoint
 from minisd.checkpoint.naming import TITLES, ignorable
 from minisd.checkpoint.save import into_place
@@ -72,8 +72,8 @@ class Merge:
             if not math.isfinite(number):
                 raise ValueError(f"{number}: a weight or scale must be a finite number")
         for name in self.take:
-            if name not in COMPONENTS:
-                raise ValueError(f"take={name!r}: must be one of {', '.join(COMPONENTS)}")
+            if name not in FAMILY:
+                raise ValueError(f"take={name!r}: must be one of {', '.join(FAMILY)}")
 
     @property
     def others(self) -> list[Source]:
@@ -353,7 +353,7 @@ def paths_of(several: Iterable[Files]) -> list[Path]:
 
 def sums(paths: Sequence[Path]) -> dict[str, str]:
     """The files' sha256 by their names, those of a component's folder with its name; hashed side by side."""
-    names = [f"{path.parent.name}/{path.name}" if path.parent.name in COMPONENTS else path.name for path in paths]
+    names = [f"{path.parent.name}/{path.name}" if path.parent.name in FAMILY else path.name for path in paths]
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
     with ThreadPoolExecutor() as pool:

@@ -6,7 +6,7 @@ read, changed and written alone, so that memory never holds more than one tensor
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import BinaryIO
@@ -14,7 +14,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from minisd.checkpoint.header import DTYPE_BITS, Files, by_whole, read_header
+from minisd.checkpoint.header import DTYPE_BITS, Files, by_whole, is_turned, read_header
 from minisd.checkpoint.values import DTYPES, Values
 
 PIECE = 1_000_000  # bytes copied at a time: what fits into a processor's cache is copied fastest
@@ -93,11 +93,19 @@ def weight(values: Values, ours: str, name: str, shape: tuple[int, ...], dtype: 
     What has a scale is written multiplied by it: its name in the new file could not say that it is scaled.
     """
     source, _ = values.match.sources[ours]
+    if is_turned(name):
+        return turned(values, ours, name, dtype)
     stored = DTYPES[values.files.tensors[source].dtype]
-    if dtype in (None, stored) and ours not in values.match.scales:
+    if dtype in (None, stored) and ours not in values.match.scales and not is_turned(source):
         return copied(values.files, source, name, shape)
     wanted = dtype or values.dtype(ours)
     return Entry(name, NAMES[wanted], shape, Made(lambda: (piece.to(wanted) for _, piece in values.pieces(ours))))
+
+
+def turned(values: Values, ours: str, name: str, dtype: torch.dtype | None) -> Entry:
+    """The weight `ours`, a matrix, transposed, as the file of this name has it."""
+    wanted = dtype or values.dtype(ours)
+    return Entry(name, NAMES[wanted], values.shape(ours)[::-1], Made(lambda: [values[ours].T.to(wanted)]))
 
 
 def write_file(
@@ -120,7 +128,7 @@ def write_file(
 def fused(entries: Sequence[Entry]) -> list[Entry]:
     """The same, the thirds of one tensor (OpenCLIP's queries, keys and values) joined. All have one dtype."""
     return [
-        group[0] if group[0].name == name else joined(name, group)
+        replace(group[0], name=name) if len(group) == 1 else joined(name, group)
         for name, group in by_whole({one.name: one for one in entries}).items()
     ]
 

@@ -1,0 +1,117 @@
+"""SDXL (Podell et al. 2023, arXiv:2307.01952): two text encoders, and a UNet that is told sizes beside the text.
+
+    prompt --text_encoder---> (B, 77,  768) --+
+           --text_encoder_2-> (B, 77, 1280) --+--> context (B, 77, 2048), then rows that hold one vector of 2816:
+                  |                                   the pooled text (1280), and six numbers, 256 each
+                  +---------> pooled text
+
+The UNet is that of `unet.py`, driven by its configuration. Since that vector travels behind the context, the loop, the
+guidance and the tasks need not know of it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from minisd.config import END
+from minisd.context import encode
+from minisd.pipeline import StableDiffusion
+from minisd.sampling import LoopSettings, Sampling, Step, Texts, matching_prompts
+from minisd.text_encoder import TextEncoder
+from minisd.unet import split_context, timestep_embedding
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+PADDING = "!"  # behind a prompt, for the second text encoder
+
+
+class StableDiffusionXL(StableDiffusion):
+    """SDXL's base model. `StableDiffusion.load` makes one of an SDXL checkpoint."""
+
+    def __init__(self, *parts: Any, text_encoder_2: TextEncoder, **others: Any) -> None:
+        """`parts` and `others` are those of `LatentDiffusionModel`."""
+        super().__init__(*parts, **others)
+        self.text_encoder_2 = text_encoder_2
+
+    @property
+    def modules(self) -> dict[str, torch.nn.Module]:
+        return {**super().modules, "text_encoder_2": self.text_encoder_2}
+
+    @torch.no_grad()
+    def denoise(
+        self, prompt: Texts, sampling: Sampling | None = None, **settings: "Unpack[LoopSettings]"
+    ) -> Iterator[Step]:
+        """The sampling loop, with the sizes that `Sampling` names (by default: those of the image) in the context.
+
+        An empty negative prompt is all zeros, as SDXL was trained.
+        """
+        chosen = replace(sampling or Sampling(), **settings)
+        prompts, negatives = matching_prompts(prompt, chosen.negative_prompt)
+        sizes = self.sizes(chosen)
+        positive = self.with_sizes(encode(self, prompts, chosen.clip_skip, chosen.long_prompts), sizes)
+        negative = self.with_sizes(self.unconditional(negatives, positive, chosen.long_prompts), sizes)
+        return super().denoise(positive, replace(chosen, negative_prompt=negative))
+
+    def sizes(self, sampling: Sampling) -> list[int]:
+        """What the UNet is told: height and width of the original, top and left of the crop, height and width wanted.
+
+        In training a picture's own size, so that small ones need not be thrown away (section 2.2 of the paper).
+        """
+        _, height, width = self.latent_shape(sampling.height, sampling.width)
+        image = height * self.vae.config.downsampling, width * self.vae.config.downsampling
+        return [*(sampling.original_size or image), *(sampling.crop or (0, 0)), *(sampling.target_size or image)]
+
+    def read(self, ids: Tensor, clip_skip: int) -> Tensor:
+        """Token ids in windows (B, n, 77) -> context (B, 77 n + 2, 2048), with the sizes of an ordinary image.
+
+        Both encoders' last layer but one, not normalised. The pooled vector is that of the first window.
+        """
+        flat = ids.flatten(0, 1)
+        first = self.text_encoder.hidden(flat, len(self.text_encoder.layers) - 1 - clip_skip)
+        second, pooled = self.read_second(flat, clip_skip)
+        context = rearrange(torch.cat([first, second], dim=-1), "(b n) t d -> b (n t) d", n=ids.shape[1])
+        return self.told(context, pooled[:: ids.shape[1]], self.sizes(Sampling()))
+
+    def read_second(self, ids: Tensor, clip_skip: int) -> tuple[Tensor, Tensor]:
+        """The second text encoder on ids (B, 77): (B, 77, 1280), and what it says at the end token, projected."""
+        encoder, vocabulary = self.text_encoder_2, self.tokenizer.vocabulary
+        end = (ids == vocabulary[END]).int().argmax(dim=-1, keepdim=True)  # (B, 1), the first end token
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        ids = torch.where(positions > end, vocabulary[PADDING], ids)
+        count = len(encoder.layers)
+        before = x = encoder.hidden(ids, count - 1 - clip_skip)
+        for layer in encoder.layers[count - 1 - clip_skip :]:
+            x = layer(x)
+        assert encoder.projection is not None
+        rows = torch.arange(len(x), device=x.device)
+        return before, encoder.projection(encoder.final_norm(x)[rows, end[:, 0]])
+
+    def unconditional(self, negatives: list[str] | Tensor, positive: Tensor, long_prompts: bool) -> Tensor:
+        """The context of the negative prompts, all zeros where they are empty."""
+        if isinstance(negatives, list) and not any(negatives):
+            return torch.zeros_like(positive)
+        context = encode(self, negatives, 0, long_prompts)
+        for row, text in zip(context, negatives, strict=True):
+            if isinstance(text, str) and not text:
+                row.zero_()
+        return context
+
+    def told(self, context: Tensor, pooled: Tensor, sizes: list[int]) -> Tensor:
+        """Context (B, T, D) and the pooled vector (B, P) -> (B, T + n, D): behind it the vector that the UNet takes."""
+        width, (count, _, depth) = self.unet.config.added_width, context.shape
+        numbers = timestep_embedding(torch.tensor(sizes, device=context.device), self.unet.config.number_width)
+        vector = torch.cat([pooled, numbers.flatten().to(context.dtype).expand(count, -1)], dim=-1)  # (B, added_width)
+        rows = F.pad(vector, (0, -width % depth)).unflatten(1, (-1, depth))
+        return torch.cat([context, rows], dim=1)
+
+    def with_sizes(self, context: Tensor, sizes: list[int]) -> Tensor:
+        """The same context, and other numbers behind it."""
+        text, vector = split_context(context, self.unet.config.added_width)
+        assert self.text_encoder_2.projection is not None
+        return self.told(text, vector[:, : self.text_encoder_2.projection.out_features], sizes)

@@ -1,0 +1,200 @@
+"""SDXL: two text encoders, a pooled vector and six numbers beside the text, transformers of several layers."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+from transformers import CLIPTokenizer as ReferenceTokenizer
+
+import minisd
+from minisd import SD15
+from minisd.checkpoint.tokenizer_files import write_folder
+from minisd.lab.weights.convert import convert
+from minisd.lab.weights.inspect import inspect
+from minisd.tokenizer import CLIPTokenizer
+from tests.parity.reference import reference_text_encoder, reference_unet, reference_vae, shake
+
+POOLED, NUMBERS = 192, 256  # OpenCLIP's projection is square
+SECOND = "conditioner.embedders.1.model"
+DEEP = "unet.down.4.attention.more.0"
+
+
+def second_encoder():
+    settings = CLIPTextConfig(
+        vocab_size=49408,
+        hidden_size=192,
+        intermediate_size=256,
+        num_hidden_layers=5,
+        num_attention_heads=3,
+        hidden_act="gelu",
+        projection_dim=POOLED,
+        bos_token_id=49406,
+        eos_token_id=49407,
+        pad_token_id=0,
+    )
+    return shake(CLIPTextModelWithProjection(settings))
+
+
+@pytest.fixture(scope="module")
+def twin_xl(tmp_path_factory):
+    """diffusers' pipeline of SDXL's plan, narrow, and its folder."""
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("xl")
+    write_folder(CLIPTokenizer.clip(), root / "words")
+    write_folder(CLIPTokenizer.clip("!"), root / "words2")
+    pipeline = StableDiffusionXLPipeline(
+        unet=reference_unet(
+            (64, 128, 192),
+            128 + 192,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=[1, 2, 3],
+            transformer_layers_per_block=[1, 2, 3],
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=NUMBERS,
+            projection_class_embeddings_input_dim=POOLED + 6 * NUMBERS,
+        ),
+        vae=reference_vae((32, 32, 64, 64), scaling_factor=0.13025),
+        text_encoder=reference_text_encoder(128),
+        text_encoder_2=second_encoder(),
+        tokenizer=ReferenceTokenizer.from_pretrained(root / "words"),
+        tokenizer_2=ReferenceTokenizer.from_pretrained(root / "words2"),
+        scheduler=DDIMScheduler.from_config(dict(SD15.scheduler)),
+        add_watermarker=False,
+    )
+    pipeline.save_pretrained(root / "model")
+    # Loaded again: kernels may choose by how weights are aligned in memory, and both sides shall have them alike.
+    return loaded(root / "model"), root / "model"
+
+
+def loaded(folder):
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def theirs(pipeline, prompt="a red heart", **settings):
+    settings = {"num_inference_steps": 3, "generator": torch.Generator().manual_seed(3), **settings}
+    return np.asarray(pipeline(prompt, **settings).images[0])
+
+
+def mine(sd, prompt="a red heart", **settings):
+    return np.asarray(sd.text_to_image(prompt, **{"steps": 3, "seed": 3, "guidance_scale": 5.0, **settings})[0])
+
+
+def test_folder(twin_xl):
+    pipeline, folder = twin_xl
+    sd = minisd.StableDiffusion.load(folder)
+    assert np.array_equal(mine(sd), theirs(pipeline))
+    assert np.array_equal(mine(sd, guidance_scale=1.0), theirs(pipeline, guidance_scale=1.0))
+
+
+@pytest.mark.parametrize(
+    ("ours", "others"),
+    [
+        ({"negative_prompt": "a blue circle"}, {"negative_prompt": "a blue circle"}),
+        ({"original_size": (32, 48)}, {"original_size": (32, 48)}),
+        ({"crop": (8, 16)}, {"crops_coords_top_left": (8, 16)}),
+        ({"target_size": (16, 24)}, {"target_size": (16, 24)}),
+        ({"height": 64, "width": 96}, {"height": 64, "width": 96}),
+        ({"clip_skip": 1}, {"clip_skip": 1}),
+    ],
+)
+def test_conditions(twin_xl, ours, others):
+    """Each changes the picture, as it does in diffusers."""
+    pipeline, folder = twin_xl
+    sd = minisd.StableDiffusion.load(folder)
+    changed = mine(sd, **ours)
+    assert np.array_equal(changed, theirs(pipeline, **others))
+    assert changed.shape != mine(sd).shape or not np.array_equal(changed, mine(sd))
+
+
+def test_saved_as_a_folder_and_a_file(twin_xl, tmp_path):
+    pipeline, folder = twin_xl
+    sd = minisd.StableDiffusion.load(folder)
+    sd.save(tmp_path / "model")
+    assert np.array_equal(theirs(loaded(tmp_path / "model")), theirs(pipeline))
+    sd.save(tmp_path / "xl.safetensors", layout="compvis")
+    single = minisd.StableDiffusion.load(tmp_path / "xl.safetensors")
+    assert single.config == sd.config
+    assert all(torch.equal(single.state()[name], weight) for name, weight in sd.state().items())
+
+
+@pytest.fixture(scope="module")
+def single(twin_xl, tmp_path_factory):
+    """The same as one file without any metadata, as published: widths, depths and heads show in shapes."""
+    path = tmp_path_factory.mktemp("single") / "xl.safetensors"
+    minisd.StableDiffusion.load(twin_xl[1]).save(path, layout="compvis")
+    save_file(load_file(path), path)
+    return path
+
+
+def test_published_names(twin_xl, single):
+    """diffusers' own conversion of OpenCLIP's names gives the second encoder's weights back, the projection turned."""
+    theirs = convert_open_clip_checkpoint(
+        CLIPTextModelWithProjection(twin_xl[0].text_encoder_2.config), load_file(single), prefix=f"{SECOND}."
+    )
+    mine = twin_xl[0].text_encoder_2.state_dict()
+    assert {name for name in mine if "position_ids" not in name} == {n for n in theirs if "position_ids" not in n}
+    assert all(torch.equal(theirs[name], weight) for name, weight in mine.items() if "position_ids" not in name)
+    names = load_file(single).keys()
+    assert "conditioner.embedders.0.transformer.text_model.final_layer_norm.weight" in names
+    assert "model.diffusion_model.input_blocks.5.1.transformer_blocks.1.attn2.to_k.weight" in names
+    assert "model.diffusion_model.label_emb.0.2.bias" in names
+
+
+def test_understood_by_shapes_alone(twin_xl, single):
+    report, sd = inspect(single), minisd.StableDiffusion.load(twin_xl[1])
+    assert report.what == "Stable Diffusion XL" and report.tensors == len(load_file(single))
+    unet = report.parts["unet"].config
+    assert (unet.depths, unet.heads, unet.added_width) == ((1, 2, 3), (1, 2, 3), sd.unet.config.added_width)
+    assert report.parts["vae"].config.scaling_factor == 0.13025
+    assert report.parts["text_encoder_2"].config == sd.text_encoder_2.config
+
+
+def test_conversion_both_ways(twin_xl, single, tmp_path):
+    convert(single, tmp_path / "half.safetensors", dtype=torch.float16)
+    convert(twin_xl[1], tmp_path / "file.safetensors")
+    convert(tmp_path / "file.safetensors", tmp_path / "folder")
+    paths = single, tmp_path / "file.safetensors", tmp_path / "half.safetensors"
+    before, after, half = map(load_file, paths)
+    assert before.keys() == after.keys() == half.keys()
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    assert all(torch.equal(half[name], weight.half()) for name, weight in before.items())
+    assert np.array_equal(theirs(loaded(tmp_path / "folder")), theirs(twin_xl[0]))
+
+
+def test_parts_that_do_not_fit(twin_xl, single, tmp_path):
+    tensors = load_file(single)
+    save_file({name: one for name, one in tensors.items() if SECOND not in name}, tmp_path / "one.safetensors")
+    with pytest.raises(minisd.CheckpointError, match="the UNet expects text of width 320, the text encoder gives 128"):
+        minisd.StableDiffusion.load(tmp_path / "one.safetensors")
+    with pytest.raises(ValueError, match=r"crop=\(1,\): must be two whole numbers"):
+        minisd.StableDiffusion.load(twin_xl[1]).denoise("a cat", crop=(1,))
+
+
+def test_lora(twin_xl, tmp_path):
+    """kohya's names for SDXL: the UNet's blocks as in single files, te1 and te2; as weights changed by hand."""
+    names = {
+        "lora_unet_input_blocks_5_1_transformer_blocks_1_ff_net_2": f"{DEEP}.feed_forward.contract.weight",
+        "lora_unet_middle_block_1_proj_in": "unet.middle.0.attention.proj_in.weight",
+        "lora_te1_text_model_encoder_layers_3_mlp_fc1": "text_encoder.layers.3.feed_forward.expand.weight",
+        "lora_te2_text_model_encoder_layers_4_self_attn_v_proj": "text_encoder_2.layers.4.self_attn.v.weight",
+    }
+    sd, changed = (minisd.StableDiffusion.load(twin_xl[1]) for _ in range(2))
+    tensors, state = {}, changed.state()
+    for name, ours in names.items():
+        down, up = torch.randn(2, state[ours].shape[1]), torch.randn(state[ours].shape[0], 2)
+        tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(2.0)}
+        state[ours].copy_(state[ours] + up @ down)
+    save_file(tensors, tmp_path / "lora.safetensors")
+    plain = mine(sd)
+    sd.load_lora(tmp_path / "lora.safetensors")
+    assert not np.array_equal(mine(sd), plain)
+    assert np.abs(mine(sd).astype(int) - mine(changed)).max() <= 1
+    sd.unload_lora()
+    assert np.array_equal(mine(sd), plain)
