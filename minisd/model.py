@@ -92,7 +92,10 @@ class LatentDiffusionModel:
         if "text_encoder_2" in parts:
             cls = import_module("minisd.xl").StableDiffusionXL  # it stands on this file
         kinds = {"text_encoder": TextEncoder, "unet": UNet, "vae": VAE, "text_encoder_2": TextEncoder}
-        networks: dict[str, Any] = {name: build(kinds[name], part, dtype, device) for name, part in parts.items()}
+        dtypes = cls.dtypes(dtype)
+        networks: dict[str, Any] = {
+            name: build(kinds[name], part, dtypes.get(name, dtype), device) for name, part in parts.items()
+        }
         networks |= {"vae": tiny} if tiny else {}
         settings: dict[str, Any] = {"scheduler": checkpoint.scheduler, "generation": checkpoint.generation}
         model = cls(**networks, tokenizer=own_tokenizer, **settings)
@@ -102,6 +105,11 @@ class LatentDiffusionModel:
         model.origin = {"source": os.fspath(source), "dtype": str(dtype).removeprefix("torch.")}
         model.origin |= {name: str(value) for name, value in given.items() if value != usual.get(name)}
         return model
+
+    @classmethod
+    def dtypes(cls, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+        """The networks that need another dtype than the one that is asked for."""
+        return {}
 
     @property
     def modules(self) -> dict[str, torch.nn.Module]:

@@ -39,6 +39,11 @@ class StableDiffusionXL(StableDiffusion):
         super().__init__(*parts, **others)
         self.text_encoder_2 = text_encoder_2
 
+    @classmethod
+    def dtypes(cls, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+        """The VAE's activations are beyond what float16 holds."""
+        return {"vae": torch.float32} if dtype is torch.float16 else {}
+
     @property
     def modules(self) -> dict[str, torch.nn.Module]:
         return {**super().modules, "text_encoder_2": self.text_encoder_2}
@@ -57,6 +62,9 @@ class StableDiffusionXL(StableDiffusion):
         positive = self.with_sizes(encode(self, prompts, chosen.clip_skip, chosen.long_prompts), sizes)
         negative = self.with_sizes(self.unconditional(negatives, positive, chosen.long_prompts), sizes)
         return super().denoise(positive, replace(chosen, negative_prompt=negative))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return super().decode(latents.to(next(self.vae.parameters()).dtype))
 
     def sizes(self, sampling: Sampling) -> list[int]:
         """What the UNet is told: height and width of the original, top and left of the crop, height and width wanted.

@@ -23,6 +23,7 @@ from minisd.diffusers.pipelines import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
 )
 from minisd.diffusers.refusing import NotCoveredError
 from minisd.diffusers.schedulers import (
@@ -38,7 +39,7 @@ from minisd.diffusers.schedulers import (
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
-from minisd.diffusers.text_encoder import CLIPTextModel
+from minisd.diffusers.text_encoder import CLIPTextModel, CLIPTextModelWithProjection
 from minisd.diffusers.tokenizer import CLIPTokenizer
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "AutoencoderKL",
     "AutoencoderTiny",
     "CLIPTextModel",
+    "CLIPTextModelWithProjection",
     "CLIPTokenizer",
     "DDIMInverseScheduler",
     "DDIMPipeline",
@@ -66,6 +68,7 @@ __all__ = [
     "StableDiffusionImg2ImgPipeline",
     "StableDiffusionInpaintPipeline",
     "StableDiffusionPipeline",
+    "StableDiffusionXLPipeline",
     "UNet2DConditionModel",
     "UNet2DModel",
     "UniPCMultistepScheduler",

@@ -20,7 +20,7 @@ from minisd.diffusers.image_processor import VaeImageProcessor
 from minisd.diffusers.loaders import StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
 from minisd.diffusers.loading import NEUTRAL, Source, check_is_variant, check_variant, chosen_dtypes
 from minisd.diffusers.models import AutoencoderKL, UNet2DConditionModel
-from minisd.diffusers.models.network import SavesMemory
+from minisd.diffusers.models.network import Network, SavesMemory
 from minisd.diffusers.outputs import Config
 from minisd.diffusers.refusing import NotCoveredError, accept, missing, parameters
 from minisd.diffusers.saving import pipeline_index, save_pipeline
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
 ABSENT = ("safety_checker", "feature_extractor", "image_encoder")  # diffusers has them; here they are None
-NETWORKS: dict[str, type[UNet2DConditionModel | AutoencoderKL | CLIPTextModel]] = {
+NETWORKS: dict[str, type[Network]] = {
     "unet": UNet2DConditionModel,
     "vae": AutoencoderKL,
     "text_encoder": CLIPTextModel,
@@ -132,7 +132,10 @@ class Assembly(Parts, StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixi
     _corrections: ClassVar[dict[str, Any]] = {"steps_offset": 1, "clip_sample": False}
 
     _optional_components: ClassVar[tuple[str, ...]] = ABSENT
-    _parts, _absent = PARTS, ABSENT
+    _parts: ClassVar[tuple[str, ...]] = PARTS
+    _absent: ClassVar[tuple[str, ...]] = ABSENT
+    _usual_scheduler = "PNDMScheduler"  # of a single file that does not say
+    _networks: ClassVar[dict[str, type[Network]]] = NETWORKS
 
     def __init__(
         self,
@@ -171,8 +174,8 @@ class Assembly(Parts, StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixi
         Raises NotCoveredError for other arguments, CheckpointError for files that cannot be used.
         """
         call = f"{cls.__name__}.from_pretrained"
-        given = {name: others.pop(name) for name in PARTS if name in others}
-        accept(call, others, NEUTRAL | NO_EXTRAS, [*parameters(cls.from_pretrained), *PARTS])
+        given = {name: others.pop(name) for name in cls._parts if name in others}
+        accept(call, others, NEUTRAL | NO_EXTRAS, [*parameters(cls.from_pretrained), *cls._parts])
         check_variant(call, variant)
         dtypes = chosen_dtypes(call, dtype, torch_dtype)
         wants_half = "fp16" in (variant, others.get("revision"))
@@ -185,7 +188,8 @@ class Assembly(Parts, StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixi
             check_is_variant(component.files, variant)
         if "safety_checker" not in others:
             note_safety_checker(checkpoint.path)
-        return cls(**{"scheduler": folder_scheduler(checkpoint.path), **loaded(checkpoint, dtypes, given), **given})
+        parts = {"scheduler": folder_scheduler(checkpoint.path), **cls._loaded(checkpoint, dtypes, given)}
+        return cls(**{**parts, **given})
 
     @classmethod
     def from_single_file(
@@ -201,20 +205,44 @@ class Assembly(Parts, StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixi
         Without it, a file that minisd did not save stands for SD 1.5, whose scheduler is PNDM: assign another one.
         """
         call = f"{cls.__name__}.from_single_file"
-        given = {name: others.pop(name) for name in PARTS if name in others}
+        given = {name: others.pop(name) for name in cls._parts if name in others}
         neutral = {"original_config": (None,), "original_config_file": (None,), "load_safety_checker": (None, False)}
-        accept(call, others, NEUTRAL | NO_EXTRAS | neutral, [*parameters(cls.from_single_file), *PARTS])
+        accept(call, others, NEUTRAL | NO_EXTRAS | neutral, [*parameters(cls.from_single_file), *cls._parts])
         dtypes = chosen_dtypes(call, dtype, torch_dtype)
         if "://" in os.fspath(pretrained_model_link_or_path):
             raise NotCoveredError(f"{call}: addresses are not covered by minisd.diffusers: give a file on this machine")
         checkpoint = open_checkpoint(pretrained_model_link_or_path, dtype=torch.float32)
         if config is None:
             ours = "minisd.config" in checkpoint.components["unet"].files.metadata
-            scheduler = make_scheduler("DDIMScheduler" if ours else "PNDMScheduler", checkpoint.scheduler)
+            scheduler = make_scheduler("DDIMScheduler" if ours else cls._usual_scheduler, checkpoint.scheduler)
         else:
             scheduler = folder_scheduler(Path(os.path.expanduser(config)))
             given.setdefault("tokenizer", CLIPTokenizer.from_pretrained(config, subfolder="tokenizer"))
-        return cls(**{"scheduler": scheduler, **loaded(checkpoint, dtypes, given), **given})
+        return cls(**{"scheduler": scheduler, **cls._loaded(checkpoint, dtypes, given), **given})
+
+    @classmethod
+    def _loaded(
+        cls, checkpoint: Checkpoint, dtypes: Mapping[str, torch.dtype | None], given: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """The networks and the tokenizer of a checkpoint, but for those `given`."""
+        if absent := [name for name in cls._networks if name not in checkpoint.components]:
+            raise NotCoveredError(f"{cls.__name__}: {checkpoint.path} has no {absent[0]}")
+        if other := [name for name in checkpoint.components if name not in cls._networks]:
+            raise NotCoveredError(f"{cls.__name__}: {checkpoint.path} has a {other[0]}: use StableDiffusionXLPipeline")
+        for note in checkpoint.notes:
+            warnings.warn(note, stacklevel=4)
+        parts: dict[str, Any] = {
+            name: kind.of(build(kind.kind, checkpoint.components[name], dtypes[name], torch.device("cpu")))
+            for name, kind in cls._networks.items()
+            if name not in given
+        }
+        tokenizer = given.get("tokenizer") or CLIPTokenizer(read_tokenizer(checkpoint))
+        return {**parts, "tokenizer": tokenizer, **cls._beside(checkpoint, tokenizer)}
+
+    @classmethod
+    def _beside(cls, checkpoint: Checkpoint, tokenizer: CLIPTokenizer) -> dict[str, Any]:
+        """What a pipeline of more parts is made of besides."""
+        return {}
 
     @classmethod
     def from_pipe(cls, pipeline: Assembly, **parts: Any) -> Self:
@@ -256,22 +284,6 @@ class NoVAE:
 
     def __init__(self, downsampling: int, latent_channels: int) -> None:
         self.config = SimpleNamespace(downsampling=downsampling, latent_channels=latent_channels)
-
-
-def loaded(
-    checkpoint: Checkpoint, dtypes: Mapping[str, torch.dtype | None], given: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The networks and the tokenizer of a checkpoint, but for those `given`."""
-    for note in checkpoint.notes:
-        warnings.warn(note, stacklevel=3)
-    parts: dict[str, Any] = {
-        name: kind.of(build(kind.kind, checkpoint.components[name], dtypes[name], torch.device("cpu")))
-        for name, kind in NETWORKS.items()
-        if name not in given
-    }
-    if "tokenizer" not in given:
-        parts["tokenizer"] = CLIPTokenizer(read_tokenizer(checkpoint))
-    return parts
 
 
 def note_safety_checker(folder: Path) -> None:

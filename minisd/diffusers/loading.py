@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from minisd.checkpoint.header import Files
-from minisd.checkpoint.hub import EMBEDDED, SD15_REPOSITORY, STEMS, resolve, why_not_fetched
+from minisd.checkpoint.hub import ALL_STEMS, EMBEDDED, SD15_REPOSITORY, resolve, why_not_fetched
 from minisd.checkpoint.load import open_alone
 from minisd.checkpoint.survey import Part
 from minisd.diffusers.refusing import NotCoveredError, shortened
@@ -48,7 +48,7 @@ def chosen_dtypes(call: str, dtype: Any, torch_dtype: Any) -> dict[str, torch.dt
     asked = torch_dtype if dtype is None else dtype
     by_part = asked if isinstance(asked, dict) else {"default": asked}
     usual = by_part.get("default")
-    return {name: chosen_dtype(call, by_part.get(name, usual), None, torch.float32) for name in STEMS}
+    return {name: chosen_dtype(call, by_part.get(name, usual), None, torch.float32) for name in ALL_STEMS}
 
 
 def check_variant(call: str, variant: str | None) -> None:

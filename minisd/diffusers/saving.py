@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from minisd.checkpoint.hub import STEMS, single_name
+from minisd.checkpoint.hub import ALL_STEMS, single_name
 from minisd.checkpoint.save import DIFFUSERS_VERSION, check_replaceable, into_place, plain, write_json, write_tensors
 from minisd.diffusers.schedulers import UncoveredScheduler
 from minisd.files import write_whole
@@ -22,7 +22,7 @@ def save_network(folder: Path, network: Any, state: Mapping[str, Tensor], varian
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: plain(tensor, tuple(tensor.shape), None) for name, tensor in state.items()}
     into_place(
-        folder / single_name(STEMS[network.component], variant or ""), lambda path: write_tensors(path, tensors, {})
+        folder / single_name(ALL_STEMS[network.component], variant or ""), lambda path: write_tensors(path, tensors, {})
     )
     write_whole(folder / "config.json", (json.dumps(network.config, indent=2) + "\n").encode())
 
@@ -53,10 +53,11 @@ def write_pipeline(folder: Path, pipeline: Any, variant: str | None) -> None:
         if isinstance(part, UncoveredScheduler):
             write_json(folder / name / "scheduler_config.json", {"_class_name": part.name, **part.config})
         elif part is not None:
-            part.save_pretrained(folder / name, **({"variant": variant} if name in STEMS and variant else {}))
-    if pipeline.components.get("text_encoder") is not None and pipeline.tokenizer is not None:
-        # Added tokens may stand behind these.
-        names = ("bos_token_id", "eos_token_id", "pad_token_id")
-        ids = {name: getattr(pipeline.tokenizer, name) for name in names}
-        write_json(folder / "text_encoder" / "config.json", {**pipeline.text_encoder.config, **ids})
+            part.save_pretrained(folder / name, **({"variant": variant} if name in ALL_STEMS and variant else {}))
+    pairs = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+    for name, words in pairs.items():
+        encoder, tokenizer = pipeline.components.get(name), pipeline.components.get(words)
+        if encoder is not None and tokenizer is not None:  # added tokens may stand behind these
+            ids = {token: getattr(tokenizer, token) for token in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            write_json(folder / name / "config.json", {**encoder.config, **ids})
     write_json(folder / "model_index.json", pipeline_index(pipeline))

@@ -225,3 +225,25 @@ class CLIPTextModel(Network):
     def _build_causal_attention_mask(self, batch: int, length: int, dtype: torch.dtype) -> Tensor:
         """(B, 1, T, T), the lowest number where a token must not look: transformers' own, before its version 4.28."""
         return torch.full((batch, 1, length, length), torch.finfo(dtype).min, dtype=dtype).triu(1)
+
+
+class CLIPTextModelWithProjection(CLIPTextModel):
+    """The same with the pooled vector projected: SDXL's second text encoder."""
+
+    component = "text_encoder_2"
+    format = Format.of(component)
+
+    def grow(self, core: TextEncoder) -> None:
+        super().grow(core)
+        assert core.projection is not None
+        self.text_projection = core.projection
+
+    def saved_state(self) -> Mapping[str, Tensor]:
+        prefixes = {name: "" if name.startswith("text_projection") else "text_model." for name in self.state_dict()}
+        return {f"{prefixes[name]}{name}": tensor for name, tensor in self.state_dict().items()}
+
+    def forward(self, *args: Any, return_dict: bool | None = True, **others: Any) -> Any:
+        """Ids (B, T) -> `.text_embeds` (B, P), and what `CLIPTextModel` gives but the pooled vector."""
+        found = super().forward(*args, **others)
+        embeds = self.text_projection(found.pop("pooler_output"))
+        return output(return_dict, text_embeds=embeds, **found)

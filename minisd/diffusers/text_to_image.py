@@ -270,7 +270,7 @@ class StableDiffusionPipeline(Assembly):
         def predict_noise(x: Tensor, t: Tensor, *_: Any) -> Tensor:
             guided = self.do_classifier_free_guidance
             x = torch.cat([x, x]) if guided else x
-            text = {"encoder_hidden_states": state["prompt_embeds"]}
+            text = self._told(state)
             if asked.cross_attention_kwargs:  # a UNet of the program's own need not know them
                 text["cross_attention_kwargs"] = asked.cross_attention_kwargs
             eps = self.unet(x, t, **text, return_dict=False)[0]
@@ -290,6 +290,10 @@ class StableDiffusionPipeline(Assembly):
             eta=asked.eta,
             predict_noise=predict_noise,
         )
+
+    def _told(self, state: dict[str, Any]) -> dict[str, Any]:
+        """What the UNet is told beside latents and timestep."""
+        return {"encoder_hidden_states": state["prompt_embeds"]}
 
     def _run(self, steps: Iterator[Step], run: Run, state: dict[str, Any], asked: Asked) -> Tensor:
         """Run the loop to its end, or until a callback interrupts: the latents."""

@@ -10,10 +10,12 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from transformers import CLIPTokenizer as ReferenceTokenizer
 
 import minisd
+import minisd.diffusers as dialect
 from minisd import SD15
 from minisd.checkpoint.tokenizer_files import write_folder
 from minisd.lab.weights.convert import convert
 from minisd.lab.weights.inspect import inspect
+from minisd.tasks import mean_latents
 from minisd.tokenizer import CLIPTokenizer
 from tests.parity.reference import reference_text_encoder, reference_unet, reference_vae, shake
 
@@ -198,3 +200,57 @@ def test_lora(twin_xl, tmp_path):
     assert np.abs(mine(sd).astype(int) - mine(changed)).max() <= 1
     sd.unload_lora()
     assert np.array_equal(mine(sd), plain)
+
+
+def test_vae_stays_in_float32(twin_xl):
+    """In float16 SDXL's VAE overflows: only the other parts are loaded in it. Pictures go in and out all the same."""
+    sd = minisd.StableDiffusion.load(twin_xl[1], dtype=torch.float16)
+    assert {name: next(part.parameters()).dtype for name, part in sd.modules.items()} == {
+        "text_encoder": torch.float16,
+        "text_encoder_2": torch.float16,
+        "unet": torch.float16,
+        "vae": torch.float32,
+    }
+    assert sd.decode(torch.zeros(1, 4, 8, 8, dtype=torch.float16)).dtype == torch.float32
+    assert mean_latents(sd, torch.zeros(1, 3, 64, 64)).dtype == torch.float16
+    assert minisd.StableDiffusion.load(twin_xl[1], dtype=torch.bfloat16).vae.quant_conv.weight.dtype == torch.bfloat16
+
+
+def test_dialect(twin_xl, tmp_path):
+    """diffusers' own program on the folder and on the file, with its own arguments, and saved again."""
+    pipeline, folder = twin_xl
+    own = dialect.StableDiffusionXLPipeline.from_pretrained(folder)
+    cases = (
+        {},
+        {"guidance_scale": 1.0},
+        {"negative_prompt": "", "guidance_rescale": 0.5},
+        {
+            "prompt_2": "a blue circle",
+            "negative_prompt": "red",
+            "negative_prompt_2": "round",
+            "num_images_per_prompt": 2,
+        },
+        {"original_size": (32, 32), "crops_coords_top_left": (4, 8), "target_size": (64, 64), "clip_skip": 1},
+        {"negative_original_size": (16, 16), "negative_target_size": (64, 64), "denoising_end": 0.6},
+        {"output_type": "latent", "height": 72, "width": 64},
+    )
+    for case in cases:
+        assert np.array_equal(theirs(own, **case), theirs(pipeline, **case)), case
+    own.save_pretrained(tmp_path / "model")
+    assert np.array_equal(theirs(loaded(tmp_path / "model")), theirs(pipeline))
+    assert type(dialect.DiffusionPipeline.from_pretrained(tmp_path / "model")) is dialect.StableDiffusionXLPipeline
+    with pytest.raises(dialect.NotCoveredError, match="use StableDiffusionXLPipeline"):
+        dialect.StableDiffusionPipeline.from_pretrained(folder)
+
+
+def test_dialect_second_encoder(twin_xl):
+    """Its outputs have transformers' names, and the UNet says what it takes."""
+    pipeline, folder = twin_xl
+    own = dialect.CLIPTextModelWithProjection.from_pretrained(folder, subfolder="text_encoder_2")
+    ids = pipeline.tokenizer_2(["a cat"], padding="max_length", return_tensors="pt").input_ids
+    mine, others = own(ids, output_hidden_states=True), pipeline.text_encoder_2(ids, output_hidden_states=True)
+    assert torch.equal(mine.text_embeds, others.text_embeds) and torch.equal(mine[0], others[0])
+    assert all(torch.equal(*both) for both in zip(mine.hidden_states, others.hidden_states, strict=True))
+    unet = dialect.UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    with pytest.raises(ValueError, match=r"has \[\], and takes \['text_embeds', 'time_ids'\]"):
+        unet(torch.zeros(1, 4, 8, 8), 1, torch.zeros(1, 77, 320))

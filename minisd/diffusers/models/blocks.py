@@ -117,12 +117,12 @@ class FeedForward(nn.Module):
 
 
 class BasicTransformerBlock(nn.Module):
-    """The sequence half of `minisd.unet.SpatialTransformer`: two attentions and a feed-forward network."""
+    """`minisd.unet.TransformerLayer`: two attentions and a feed-forward network."""
 
     only_cross_attention, norm_type, pos_embed = False, "layer_norm", None
     use_ada_layer_norm = use_ada_layer_norm_zero = use_ada_layer_norm_single = use_layer_norm_ = False
 
-    def __init__(self, core: unet.SpatialTransformer) -> None:
+    def __init__(self, core: unet.TransformerLayer) -> None:
         super().__init__()
         self.norm1, self.attn1 = core.self_attn_norm, Attention(core.self_attn, crosses=False)
         self.norm2, self.attn2 = core.cross_attn_norm, Attention(core.cross_attn, crosses=True)
@@ -160,7 +160,7 @@ class Transformer2DModel(nn.Module):
         self.use_linear_projection = isinstance(core.proj_in, nn.Linear)
         self.in_channels = self.inner_dim = core.proj_in.weight.shape[1]
         self.norm, self.proj_in = core.norm, core.proj_in
-        self.transformer_blocks = nn.ModuleList([BasicTransformerBlock(core)])
+        self.transformer_blocks = nn.ModuleList(BasicTransformerBlock(layer) for layer in (core, *core.more))
         self.proj_out = core.proj_out
 
     def forward(

@@ -45,7 +45,7 @@ class Format(NamedTuple):
     @classmethod
     def of(cls, component: str) -> Format:
         """Of a component of Stable Diffusion."""
-        neutral = getattr(configs, component.upper()).neutral
+        neutral = getattr(configs, component.upper().removesuffix("_2")).neutral
         return cls(neutral, configs.READERS[component], configs.WRITERS[component], KEYS[component])
 
 

@@ -65,7 +65,6 @@ class UNet2DConditionModel(Network, HasAttention):
     NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = {
         **dict.fromkeys(("class_labels", "timestep_cond", "attention_mask", "encoder_attention_mask"), (None,)),
         **dict.fromkeys(("down_block_additional_residuals", "mid_block_additional_residual"), (None,)),
-        "added_cond_kwargs": (None, {}),
         "down_intrablock_additional_residuals": (None,),
     }
 
@@ -73,6 +72,10 @@ class UNet2DConditionModel(Network, HasAttention):
         self.conv_in = core.conv_in
         self.time_proj = Timesteps(core.config.widths[0], flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(core.time_embedding)
+        self.add_time_proj = self.add_embedding = None
+        if core.added_embedding is not None:
+            self.add_time_proj = Timesteps(core.config.number_width, flip_sin_to_cos=True, downscale_freq_shift=0)
+            self.add_embedding = TimestepEmbedding(core.added_embedding)
         self.down_blocks = nn.ModuleList(down_levels(core))
         self.up_blocks = nn.ModuleList(up_levels(core))
         self.mid_block = UNetMidBlock2DCrossAttn(*parts_of(list(core.middle)))
@@ -82,6 +85,7 @@ class UNet2DConditionModel(Network, HasAttention):
 
     def leaves_as_made(self) -> list[Any]:
         parts: list[nn.Module] = [self.conv_in, self.time_embedding]
+        parts += [] if self.add_embedding is None else [self.add_embedding]
         for block in (*self.down_blocks, self.mid_block, *self.up_blocks):
             parts += in_turn(block)
         return leaves([*parts, self.conv_norm_out, self.conv_out])
@@ -93,11 +97,13 @@ class UNet2DConditionModel(Network, HasAttention):
         encoder_hidden_states: Tensor,
         return_dict: bool = True,
         cross_attention_kwargs: dict[str, Any] | None = None,
+        added_cond_kwargs: dict[str, Any] | None = None,
         **others: Any,
     ) -> Any:
         """Predict noise: `sample` (B, C, H, W), `timestep` one or (B,), text (B, T, D) -> `.sample` (B, 4, H, W).
 
-        `cross_attention_kwargs` go to the attention processors, but for "scale", the strength of LoRAs.
+        `cross_attention_kwargs` go to the attention processors, but for "scale", the strength of LoRAs. SDXL's takes
+        `added_cond_kwargs`: "text_embeds" (B, P), the pooled vector, and "time_ids" (B, 6), the sizes.
         """
         if not isinstance(return_dict, bool):  # in fourth place diffusers has class_labels
             raise NotCoveredError(f"UNet2DConditionModel: takes three arguments by position, not {return_dict!r} too")
@@ -106,8 +112,24 @@ class UNet2DConditionModel(Network, HasAttention):
         self.scale_loras(extra.pop("scale", 1.0))
         timesteps = torch.as_tensor(timestep, device=sample.device).expand(len(sample))  # (B,)
         temb = self.time_embedding(self.time_proj(timesteps).to(sample.dtype))  # (B, 4 * widths[0])
+        temb = self.add_conditions(temb, added_cond_kwargs or {})
         eps = self.walk(self.conv_in(sample), temb, encoder_hidden_states, extra or None)
         return output(return_dict, sample=self.conv_out(self.conv_act(self.conv_norm_out(eps))))
+
+    def add_conditions(self, temb: Tensor, added: dict[str, Any]) -> Tensor:
+        """(B, 4 * widths[0]) with what SDXL's is told besides.
+
+        Raises ValueError where that is missing, NotCoveredError for more.
+        """
+        wanted = {"text_embeds", "time_ids"} if self.add_embedding is not None else set()
+        if set(added) != wanted:
+            error = NotCoveredError if set(added) - wanted else ValueError
+            raise error(f"UNet2DConditionModel: added_cond_kwargs has {sorted(added)}, and takes {sorted(wanted)} here")
+        if self.add_embedding is None or self.add_time_proj is None:
+            return temb
+        numbers = self.add_time_proj(added["time_ids"].flatten()).unflatten(0, (len(added["text_embeds"]), -1))
+        vector = torch.cat([added["text_embeds"], numbers.flatten(1)], dim=-1).to(temb.dtype)
+        return temb + self.add_embedding(vector)
 
     def walk(self, x: Tensor, temb: Tensor, context: Tensor, extra: dict[str, Any] | None) -> Tensor:
         """Down, middle and up, from the first convolution (B, C, H, W) to before the last norm."""

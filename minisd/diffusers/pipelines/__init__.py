@@ -12,6 +12,7 @@ from minisd.diffusers.loading import Source
 from minisd.diffusers.pixel import DDIMPipeline, DDPMPipeline
 from minisd.diffusers.refusing import NotCoveredError
 from minisd.diffusers.text_to_image import StableDiffusionPipeline
+from minisd.diffusers.xl import StableDiffusionXLPipeline
 from minisd.files import read_json_object
 
 __all__ = [
@@ -24,12 +25,14 @@ __all__ = [
     "StableDiffusionImg2ImgPipeline",
     "StableDiffusionInpaintPipeline",
     "StableDiffusionPipeline",
+    "StableDiffusionXLPipeline",
 ]
 
 KINDS: tuple[Any, ...] = (
     StableDiffusionPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
+    StableDiffusionXLPipeline,
     DDPMPipeline,
     DDIMPipeline,
 )
