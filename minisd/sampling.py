@@ -226,7 +226,7 @@ def check_whole(name: str, value: Any, least: int) -> None:
 
 
 def check_two(name: str, value: Any) -> None:
-    numbers = value if isinstance(value, tuple | list) else ()
+    numbers = value if isinstance(value, tuple | list) else ()  # JSON knows lists only
     if value is not None and (len(numbers) != 2 or not all(isinstance(n, int) and n >= 0 for n in numbers)):
         raise ValueError(f"{name}={value!r}: must be two whole numbers, of the height and of the width")
 

@@ -19,7 +19,6 @@ from einops import rearrange
 from torch import Tensor
 
 from minisd.config import END
-from minisd.context import encode
 from minisd.pipeline import StableDiffusion
 from minisd.sampling import LoopSettings, Sampling, Step, Texts, matching_prompts
 from minisd.text_encoder import TextEncoder
@@ -52,16 +51,23 @@ class StableDiffusionXL(StableDiffusion):
     def denoise(
         self, prompt: Texts, sampling: Sampling | None = None, **settings: "Unpack[LoopSettings]"
     ) -> Iterator[Step]:
-        """The sampling loop, with the sizes that `Sampling` names (by default: those of the image) in the context.
-
-        An empty negative prompt is all zeros, as SDXL was trained.
-        """
+        """The sampling loop, with the sizes that `Sampling` names (by default: those of the image) in the context."""
         chosen = replace(sampling or Sampling(), **settings)
         prompts, negatives = matching_prompts(prompt, chosen.negative_prompt)
-        sizes = self.sizes(chosen)
-        positive = self.with_sizes(encode(self, prompts, chosen.clip_skip, chosen.long_prompts), sizes)
-        negative = self.with_sizes(self.unconditional(negatives, positive, chosen.long_prompts), sizes)
+        both = self.encode_prompt(prompts, negatives, 1, chosen.clip_skip, chosen.long_prompts)
+        negative, positive = self.with_sizes(both, self.sizes(chosen)).chunk(2)
         return super().denoise(positive, replace(chosen, negative_prompt=negative))
+
+    def encode_prompt(
+        self, prompts: Texts, negatives: Texts | None, images_per_prompt: int = 1, *how: Any, **named: Any
+    ) -> Tensor:
+        """As that of `StableDiffusion`, but empty negative prompts are all zeros."""
+        context = super().encode_prompt(prompts, negatives, images_per_prompt, *how, **named)
+        if negatives is not None and not isinstance(negatives, Tensor):
+            texts = [negatives] if isinstance(negatives, str) else negatives
+            empty = torch.tensor([not text for text in texts for _ in range(images_per_prompt)])
+            context[: len(empty)][empty.to(context.device)] = 0
+        return context
 
     def decode(self, latents: Tensor) -> Tensor:
         return super().decode(latents.to(next(self.vae.parameters()).dtype))
@@ -99,16 +105,6 @@ class StableDiffusionXL(StableDiffusion):
         assert encoder.projection is not None
         rows = torch.arange(len(x), device=x.device)
         return before, encoder.projection(encoder.final_norm(x)[rows, end[:, 0]])
-
-    def unconditional(self, negatives: list[str] | Tensor, positive: Tensor, long_prompts: bool) -> Tensor:
-        """The context of the negative prompts, all zeros where they are empty."""
-        if isinstance(negatives, list) and not any(negatives):
-            return torch.zeros_like(positive)
-        context = encode(self, negatives, 0, long_prompts)
-        for row, text in zip(context, negatives, strict=True):
-            if isinstance(text, str) and not text:
-                row.zero_()
-        return context
 
     def told(self, context: Tensor, pooled: Tensor, sizes: list[int]) -> Tensor:
         """Context (B, T, D) and the pooled vector (B, P) -> (B, T + n, D): behind it the vector that the UNet takes."""

@@ -166,7 +166,7 @@ def text_at(texts: Texts, place: int) -> str:
 def writable(value: Any) -> bool:
     """Whether a setting can be written as JSON, and read back as what it was."""
     try:
-        return json.loads(json.dumps(value)) == value
+        return json.loads(json.dumps(value)) == (list(value) if isinstance(value, tuple) else value)
     except (TypeError, ValueError):
         return False
 

@@ -66,8 +66,8 @@ def invert(
     prompts, negatives = matching_prompts(prompt, sampling.negative_prompt)
     images, (height, width) = sampling.images_per_prompt, size_of(sd, latents)
     with torch.no_grad():  # encoded once: the exact way samples often
-        context = sd.encode_prompt(prompts, None, images, sampling.clip_skip, sampling.long_prompts)
-        unconditional = sd.encode_prompt(negatives, None, images, long_prompts=sampling.long_prompts)
+        both = sd.encode_prompt(prompts, negatives, images, sampling.clip_skip, sampling.long_prompts)
+        unconditional, context = both.chunk(2)
     sd.initial_noise(
         (len(context), *sd.latent_shape(height, width)), None, latents
     )  # raises for latents that do not fit

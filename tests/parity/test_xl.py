@@ -1,10 +1,13 @@
 """SDXL: two text encoders, a pooled vector and six numbers beside the text, transformers of several layers."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+from diffusers import DDIMScheduler, StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from transformers import CLIPTokenizer as ReferenceTokenizer
@@ -15,7 +18,7 @@ from minisd import SD15
 from minisd.checkpoint.tokenizer_files import write_folder
 from minisd.lab.weights.convert import convert
 from minisd.lab.weights.inspect import inspect
-from minisd.tasks import mean_latents
+from minisd.tasks import compose, finish, image_to_image, invert, mean_latents, reconstruct, to_images
 from minisd.tokenizer import CLIPTokenizer
 from tests.parity.reference import reference_text_encoder, reference_unet, reference_vae, shake
 
@@ -202,6 +205,11 @@ def test_lora(twin_xl, tmp_path):
     assert np.array_equal(mine(sd), plain)
 
 
+def test_pictures_remember_their_sizes(twin_xl):
+    picture = minisd.StableDiffusion.load(twin_xl[1]).text_to_image("a cat", steps=1, seed=1, crop=(8, 16))[0]
+    assert json.loads(picture.info["minisd"])["options"]["crop"] == [8, 16]
+
+
 def test_vae_stays_in_float32(twin_xl):
     """In float16 SDXL's VAE overflows: only the other parts are loaded in it. Pictures go in and out all the same."""
     sd = minisd.StableDiffusion.load(twin_xl[1], dtype=torch.float16)
@@ -254,3 +262,31 @@ def test_dialect_second_encoder(twin_xl):
     unet = dialect.UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
     with pytest.raises(ValueError, match=r"has \[\], and takes \['text_embeds', 'time_ids'\]"):
         unet(torch.zeros(1, 4, 8, 8), 1, torch.zeros(1, 77, 320))
+
+
+def picture() -> Image.Image:
+    return Image.fromarray(np.linspace(0, 255, 64 * 64 * 3).reshape(64, 64, 3).astype(np.uint8))
+
+
+def test_image_to_image(twin_xl):
+    """The tasks need not know of it: what the UNet is told travels in the context."""
+    sd, pipeline = minisd.StableDiffusion.load(twin_xl[1]), StableDiffusionXLImg2ImgPipeline.from_pipe(twin_xl[0])
+    pipeline.set_progress_bar_config(disable=True)
+    settings = {"strength": 0.6, "guidance_scale": 5.0}
+    steps = image_to_image(sd, "a red heart", picture(), steps=5, seed=3, **settings)
+    others = theirs(pipeline, image=picture(), num_inference_steps=5, **settings)
+    assert np.array_equal(np.asarray(finish(sd, steps)[0]), others)
+
+
+def test_other_tasks(twin_xl):
+    """Inversion comes back, composed prompts and long ones run, and sizes change what they give."""
+    sd = minisd.StableDiffusion.load(twin_xl[1])
+    latents = mean_latents(sd, to_images([picture()], 64, 64))
+    steps = list(invert(sd, "a cat", latents, steps=4, guidance_scale=2.0))
+    *_, last = reconstruct(sd, "a cat", steps, steps=4, guidance_scale=2.0)
+    assert torch.allclose(last.latents, latents, atol=1e-3)
+    both = compose(sd, [("a dog", 0.5)], 0.5)
+    assert not np.array_equal(mine(sd, predict_noise=both), mine(sd))
+    long = "a cat and " * 60
+    assert sd.encode_prompt(long, None, long_prompts=True).shape[1] == 3 * 77 + 6
+    assert not np.array_equal(mine(sd, long, long_prompts=True), mine(sd, long, long_prompts=True, crop=(32, 0)))
