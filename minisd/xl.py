@@ -62,9 +62,12 @@ class StableDiffusionXL(StableDiffusion):
         self, prompts: Texts, negatives: Texts | None, images_per_prompt: int = 1, *how: Any, **named: Any
     ) -> Tensor:
         """As that of `StableDiffusion`, but empty negative prompts are all zeros."""
+        texts = [negatives] if isinstance(negatives, str) else negatives
+        if isinstance(texts, list) and not any(texts):
+            context = super().encode_prompt(prompts, None, images_per_prompt, *how, **named)
+            return torch.cat([torch.zeros_like(context), context])
         context = super().encode_prompt(prompts, negatives, images_per_prompt, *how, **named)
-        if negatives is not None and not isinstance(negatives, Tensor):
-            texts = [negatives] if isinstance(negatives, str) else negatives
+        if isinstance(texts, list):
             empty = torch.tensor([not text for text in texts for _ in range(images_per_prompt)])
             context[: len(empty)][empty.to(context.device)] = 0
         return context

@@ -23,6 +23,7 @@ from minisd.diffusers.pipelines import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
 )
 from minisd.diffusers.refusing import NotCoveredError
@@ -68,6 +69,7 @@ __all__ = [
     "StableDiffusionImg2ImgPipeline",
     "StableDiffusionInpaintPipeline",
     "StableDiffusionPipeline",
+    "StableDiffusionXLImg2ImgPipeline",
     "StableDiffusionXLPipeline",
     "UNet2DConditionModel",
     "UNet2DModel",

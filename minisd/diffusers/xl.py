@@ -1,4 +1,4 @@
-"""`StableDiffusionXLPipeline`: two text encoders, and sizes beside the text (`minisd/xl.py`)."""
+"""`StableDiffusionXLPipeline`, `StableDiffusionXLImg2ImgPipeline`: two text encoders, and sizes beside the text."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from minisd.checkpoint.load import Checkpoint
-from minisd.diffusers.arguments import Asked, listed, matching
+from minisd.diffusers.arguments import Asked, Run, listed, matching
 from minisd.diffusers.assembly import NETWORKS, NO_EXTRAS
+from minisd.diffusers.image_to_image import StableDiffusionImg2ImgPipeline
 from minisd.diffusers.loading import Source
 from minisd.diffusers.models.network import Network
 from minisd.diffusers.outputs import Output
@@ -20,8 +21,9 @@ from minisd.diffusers.text_encoder import CLIPTextModelWithProjection
 from minisd.diffusers.text_to_image import StableDiffusionPipeline
 from minisd.diffusers.tokenizer import CLIPTokenizer
 from minisd.files import read_json_object
-from minisd.noise import Generators
+from minisd.noise import Generators, draw_noise
 from minisd.sampling import Step
+from minisd.tasks.image_to_image import denoise_from
 
 NO_WATERMARK: dict[str, tuple[Any, ...]] = {"add_watermarker": (None, False)}
 ZEROS = "force_zeros_for_empty_prompt"
@@ -191,51 +193,49 @@ class StableDiffusionXLPipeline(StableDiffusionPipeline):
         self._guidance_rescale = guidance_rescale
         own_height, own_width = self._own_size()
         height, width = height or own_height, width or own_width
-        ids = [*(original_size or (height, width)), *crops_coords_top_left, *(target_size or (height, width))]
-        others = ids
-        if negative_original_size is not None and negative_target_size is not None:
-            others = [*negative_original_size, *negative_crops_coords_top_left, *negative_target_size]
-        texts = prompt, prompt_2, negative_prompt_2, pooled_prompt_embeds, negative_pooled_prompt_embeds
-        state = self._encoded_with(*texts, asked, ids, others, batch)
+        state = self._told_of(locals(), asked, batch, (height, width))
         run = self._first_step(num_inference_steps, asked)
         channels, dtype = self.unet.config.in_channels, state["prompt_embeds"].dtype
         x = self.prepare_latents(batch, channels, height, width, dtype, self.device, asked.generator, latents)
         sampling = self._sampling(run, x, asked, state)
         steps = self._core().denoise(state["prompt_embeds"][-batch:], sampling, latents=x, start=0)
-        return self._finish(self._run(self._until(steps, denoising_end), run, state, asked), asked)
+        return self._finish(self._run(self._until(steps, run, denoising_end), run, state, asked), asked)
 
-    def _until(self, steps: Iterator[Step], share: float | None) -> Iterator[Step]:
+    def _told_of(
+        self, given: dict[str, Any], asked: Asked, batch: int, size: tuple[int, int], own: bool = False
+    ) -> dict[str, Any]:
+        """The texts and sizes of a call, encoded. `own`: the negative prompt has sizes of its own in any case."""
+        original, target = given["original_size"] or size, given["target_size"] or size
+        ids = others = [*original, *given["crops_coords_top_left"], *target]
+        named = given["negative_original_size"], given["negative_target_size"]
+        if own or None not in named:
+            corner = given["crops_coords_top_left" if own else "negative_crops_coords_top_left"]  # as diffusers has it
+            others = [*(named[0] or original), *corner, *(named[1] or target)]
+        return self._encoded_with(given, asked, ids, others, batch)
+
+    def _until(self, steps: Iterator[Step], run: Run, share: float | None) -> Iterator[Step]:
         """The steps as far as `share` of all timesteps."""
         if share is None or not 0 < share < 1:
             return steps
-        total = self.scheduler.config.num_train_timesteps
-        return islice(steps, int((self.scheduler.timesteps >= round(total - share * total)).sum()))
+        last = round(self.scheduler.config.num_train_timesteps * (1 - share))
+        return islice(steps, int((self.scheduler.timesteps[run.start * self.scheduler.order :] >= last).sum()))
 
     def _encoded_with(
-        self,
-        prompt: Any,
-        prompt_2: Any,
-        negative_prompt_2: Any,
-        pooled: Tensor | None,
-        negative_pooled: Tensor | None,
-        asked: Asked,
-        ids: list[int],
-        negative_ids: list[int],
-        batch: int,
+        self, given: dict[str, Any], asked: Asked, ids: list[int], negative_ids: list[int], batch: int
     ) -> dict[str, Any]:
         """What callbacks may change: what the UNet is told, the negative half first where there is guidance."""
         positive, negative, pooled, negative_pooled = self.encode_prompt(
-            prompt,
-            prompt_2,
+            given["prompt"],
+            given["prompt_2"],
             self.device,
             asked.num_images_per_prompt,
             self.do_classifier_free_guidance,
             asked.negative_prompt,
-            negative_prompt_2,
+            given["negative_prompt_2"],
             asked.prompt_embeds,
             asked.negative_prompt_embeds,
-            pooled,
-            negative_pooled,
+            given["pooled_prompt_embeds"],
+            given["negative_pooled_prompt_embeds"],
             (asked.cross_attention_kwargs or {}).get("scale", 1.0),
             asked.clip_skip,
         )
@@ -257,3 +257,64 @@ class StableDiffusionXLPipeline(StableDiffusionPipeline):
     def _finish(self, latents: Tensor, asked: Asked) -> Any:
         images = super()._finish(latents, asked)[0]
         return Output(images=images) if asked.return_dict else (images,)
+
+
+class StableDiffusionXLImg2ImgPipeline(StableDiffusionXLPipeline, StableDiffusionImg2ImgPipeline):
+    """Picture to picture with SDXL: noise is added to `image`, and taken away again under `prompt`."""
+
+    @torch.no_grad()
+    def __call__(  # type: ignore[override]
+        self,
+        prompt: str | list[str] | None = None,
+        prompt_2: str | list[str] | None = None,
+        image: Any = None,
+        strength: float = 0.3,
+        num_inference_steps: int = 50,
+        timesteps: Sequence[int] | None = None,
+        sigmas: Sequence[float] | None = None,
+        denoising_start: None = None,
+        denoising_end: float | None = None,
+        guidance_scale: float = 5.0,
+        negative_prompt: str | list[str] | None = None,
+        negative_prompt_2: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: Generators = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        ip_adapter_image: None = None,
+        ip_adapter_image_embeds: None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        guidance_rescale: float = 0.0,
+        original_size: tuple[int, int] | None = None,
+        crops_coords_top_left: tuple[int, int] = (0, 0),
+        target_size: tuple[int, int] | None = None,
+        negative_original_size: tuple[int, int] | None = None,
+        negative_crops_coords_top_left: tuple[int, int] = (0, 0),
+        negative_target_size: tuple[int, int] | None = None,
+        clip_skip: int | None = None,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        **kwargs: Any,
+    ) -> Any:
+        """Generate `prompt` from `image`: `.images`. `strength` as in `StableDiffusionImg2ImgPipeline`, sizes as above.
+
+        The negative prompt's sizes are the prompt's unless given, and its crop's corner is the prompt's.
+        `denoising_start`, for a refiner, is not covered.
+        """
+        accept(type(self).__name__, {"denoising_start": denoising_start}, {"denoising_start": (None,)}, [])
+        asked, batch = self._understand(locals())
+        self._guidance_rescale = guidance_rescale
+        pixels = self.image_processor.preprocess(image).to(device=self.device, dtype=self.unet.dtype)
+        run = self._first_step(num_inference_steps, asked, strength)
+        clean = self._clean_latents(pixels, batch, asked.generator)
+        noise = draw_noise(clean.shape, asked.generator, self.device, self.unet.dtype)
+        height, width = (side * self.vae_scale_factor for side in clean.shape[2:])
+        state = self._told_of(locals(), asked, batch, (height, width), own=True)
+        sampling = self._sampling(run, clean, asked, state)
+        steps = denoise_from(self._core(), state["prompt_embeds"][-batch:], clean, noise, sampling, run.start)
+        return self._finish(self._run(self._until(steps, run, denoising_end), run, state, asked), asked)

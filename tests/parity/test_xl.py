@@ -251,6 +251,19 @@ def test_dialect(twin_xl, tmp_path):
         dialect.StableDiffusionPipeline.from_pretrained(folder)
 
 
+def test_dialect_from_images(twin_xl):
+    own = dialect.StableDiffusionXLImg2ImgPipeline.from_pretrained(twin_xl[1])
+    pipeline = StableDiffusionXLImg2ImgPipeline.from_pipe(twin_xl[0])
+    pipeline.set_progress_bar_config(disable=True)
+    for case in (
+        {"strength": 0.8},
+        {"negative_prompt": "red", "original_size": (32, 32), "crops_coords_top_left": (4, 8), "strength": 1.0},
+        {"num_inference_steps": 10, "denoising_end": 0.8, "output_type": "latent", "num_images_per_prompt": 2},
+    ):
+        settings = {"image": picture(), "num_inference_steps": 4, **case}
+        assert np.array_equal(theirs(own, **settings), theirs(pipeline, **settings)), case
+
+
 def test_dialect_second_encoder(twin_xl):
     """Its outputs have transformers' names, and the UNet says what it takes."""
     pipeline, folder = twin_xl

@@ -12,7 +12,7 @@ from minisd.diffusers.loading import Source
 from minisd.diffusers.pixel import DDIMPipeline, DDPMPipeline
 from minisd.diffusers.refusing import NotCoveredError
 from minisd.diffusers.text_to_image import StableDiffusionPipeline
-from minisd.diffusers.xl import StableDiffusionXLPipeline
+from minisd.diffusers.xl import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 from minisd.files import read_json_object
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "StableDiffusionImg2ImgPipeline",
     "StableDiffusionInpaintPipeline",
     "StableDiffusionPipeline",
+    "StableDiffusionXLImg2ImgPipeline",
     "StableDiffusionXLPipeline",
 ]
 
@@ -32,6 +33,7 @@ KINDS: tuple[Any, ...] = (
     StableDiffusionPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
+    StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
     DDPMPipeline,
     DDIMPipeline,
