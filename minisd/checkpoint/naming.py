@@ -104,7 +104,10 @@ def known_keys(component: str, column: str) -> dict[str, Key]:
 def namings(component: str, tensors: Tensors) -> dict[str, Naming]:
     """The namings under which `component` is in the file, best overlap for each of "raw" and "ema"; {} if it is not."""
     best: dict[str, tuple[int, Naming]] = {}
+    begun = beginnings(tensors)
     for naming in candidates(component):
+        if naming.prefix not in begun:
+            continue
         keys = known_keys(component, naming.column).values()
         kind = "ema" if naming.column == "ema" else "raw"
         most = best.get(kind, (0,))[0]
@@ -114,6 +117,22 @@ def namings(component: str, tensors: Tensors) -> dict[str, Naming]:
                 best[kind] = overlap, naming
     # A handful of equal names is chance: `conv_in.weight` is in the UNet, in the VAE's halves, in half of all networks.
     return {kind: naming for kind, (overlap, naming) in best.items() if overlap >= 16}
+
+
+DOTS = 8  # in the longest prefix, behind the longest wrapper
+
+
+def beginnings(names: Iterable[str]) -> set[str]:
+    """Everything that ends in one of the first dots of a name: no other prefix can be theirs."""
+    found = {""}
+    for name in names:
+        at = name.find(".")
+        for _ in range(DOTS):
+            if at < 0:
+                break
+            found.add(name[: at + 1])
+            at = name.find(".", at + 1)
+    return found
 
 
 # What a file may hold beside the model: a label, why minisd can leave it, and the names. A name that ends in "." or

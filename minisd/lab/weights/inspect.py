@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minisd.checkpoint.header import Files, TensorInfo, fused_name
+from minisd.checkpoint.infer import XL_SCALING
 from minisd.checkpoint.keymap import FAMILY
 from minisd.checkpoint.naming import TITLES, ignorable
 from minisd.checkpoint.survey import AVERAGED, Part, Survey, survey
@@ -195,5 +196,6 @@ def warnings(parts: Mapping[str, Part]) -> Iterable[str]:
     if scales:
         yield f"{scales} scale{'s' * (scales > 1)} of 8-bit weights: a program that ignores them generates white images"
     vae = parts.get("vae")
-    if vae and vae.config.scaling_factor not in (SD15.vae.scaling_factor, None) and vae.config.widths[0] >= 128:
-        yield f"VAE: scaling factor {vae.config.scaling_factor}, where SD 1.x has {SD15.vae.scaling_factor}"
+    usual = XL_SCALING if family_of(parts) == "XL" else SD15.vae.scaling_factor
+    if vae and vae.config.scaling_factor not in (usual, None) and vae.config.widths[0] >= 128:
+        yield f"VAE: scaling factor {vae.config.scaling_factor}, where {usual} is usual"
