@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minisd.diffusers.arguments import check_strength, enough, repeated
+from minisd.diffusers.arguments import Asked, Run, check_strength, enough, repeated
 from minisd.diffusers.image_processor import VaeImageProcessor, check_output_type
 from minisd.diffusers.refusing import accept
 from minisd.diffusers.text_to_image import StableDiffusionPipeline
@@ -73,31 +73,36 @@ class StableDiffusionInpaintPipeline(StableDiffusionPipeline):
         """
         asked, batch = self._understand(locals())
         accept(type(self).__name__, {"padding_mask_crop": padding_mask_crop}, {"padding_mask_crop": (None,)}, [])
-        channels = self.unet.config.in_channels
+        own = self._own_size()
+        size = height or own[0], width or own[1]
+        state, run = self._encoded(prompt, asked), self._first_step(num_inference_steps, asked, strength)
+        region = self._region(locals(), asked, size, batch)
+        noised = strength < 1 and latents is None
+        return self._finish(self._run(self._inside(region, run, state, asked, noised), run, state, asked), asked)
+
+    def _region(self, given: Mapping[str, Any], asked: Asked, size: tuple[int, int], batch: int) -> Region:
+        """A call's picture and mask, encoded. Random numbers in diffusers' order: image, noise, masked image."""
+        channels, dtype, generator = self.unet.config.in_channels, self.unet.dtype, asked.generator
         if channels not in (4, 9):
             raise ValueError(f"this UNet takes {channels} channels: inpainting takes 4 or 9")
-        own = self._own_size()
-        height, width = height or own[0], width or own[1]
-        state = self._encoded(prompt, asked)
-        context, generator = state["prompt_embeds"], asked.generator
-        run = self._first_step(num_inference_steps, asked, strength)
-        shape = self._latent_shape(batch, self.vae.config.latent_channels, height, width)
-        pixels = self.image_processor.preprocess(image, height, width).float()
-        mask = self.mask_processor.preprocess(mask_image, height, width)
-        small = enough("mask_image", F.interpolate(mask, size=shape[2:]).to(self.device, context.dtype), batch)
+        shape = self._latent_shape(batch, self.vae.config.latent_channels, *size)
+        pixels = self.image_processor.preprocess(given["image"], *size).float()
+        mask = self.mask_processor.preprocess(given["mask_image"], *size)
+        small = enough("mask_image", F.interpolate(mask, size=shape[2:]).to(self.device, dtype), batch)
+        clean, latents, visible = None, given["latents"], given["masked_image_latents"]
+        if channels == 4 or (given["strength"] < 1 and latents is None):
+            clean = repeated("image", self._to_latents(pixels, dtype, generator), batch)
+        noise = draw_noise(shape, generator, self.device, dtype) if latents is None else latents.to(self.device)
+        visible = pixels * (mask < 0.5) if visible is None else visible
+        visible = enough("image", self._to_latents(visible, dtype, generator), batch)
+        return Region(small, clean, noise, visible)
 
-        # Random numbers in diffusers' order: the image's latents, noise, the masked image's latents.
-        noised = strength < 1 and latents is None
-        clean = None
-        if channels == 4 or noised:
-            clean = repeated("image", self._to_latents(pixels, context.dtype, generator), batch)
-        noise = draw_noise(shape, generator, self.device, context.dtype) if latents is None else latents.to(self.device)
-        visible = pixels * (mask < 0.5) if masked_image_latents is None else masked_image_latents
-        visible = enough("image", self._to_latents(visible, context.dtype, generator), batch)
-
-        region, sampling = Region(small, clean, noise, visible), self._sampling(run, noise, asked, state)
-        steps = denoise_region(self._core(), context[-batch:], region, sampling, run.start, noised=noised)
-        return self._finish(self._run(self._shared(steps, region, state), run, state, asked), asked)
+    def _inside(self, region: Region, run: Run, state: dict[str, Any], asked: Asked, noised: bool) -> Iterator[Step]:
+        """The sampling steps."""
+        sampling, context = self._sampling(run, region.noise, asked, state), state["prompt_embeds"]
+        prompts = context[-len(region.noise) :]
+        steps = denoise_region(self._core(), prompts, region, sampling, run.start, noised=noised)
+        return self._shared(steps, region, state)
 
     def check_inputs(  # type: ignore[override]
         self,

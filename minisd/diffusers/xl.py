@@ -1,4 +1,4 @@
-"""`StableDiffusionXLPipeline`, `StableDiffusionXLImg2ImgPipeline`: two text encoders, and sizes beside the text."""
+"""`StableDiffusionXLPipeline` and its siblings from images: two text encoders, and sizes beside the text."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from minisd.checkpoint.load import Checkpoint
 from minisd.diffusers.arguments import Asked, Run, listed, matching
 from minisd.diffusers.assembly import NETWORKS, NO_EXTRAS
 from minisd.diffusers.image_to_image import StableDiffusionImg2ImgPipeline
+from minisd.diffusers.inpainting import StableDiffusionInpaintPipeline
 from minisd.diffusers.loading import Source
 from minisd.diffusers.models.network import Network
 from minisd.diffusers.outputs import Output
@@ -317,4 +318,70 @@ class StableDiffusionXLImg2ImgPipeline(StableDiffusionXLPipeline, StableDiffusio
         state = self._told_of(locals(), asked, batch, (height, width), own=True)
         sampling = self._sampling(run, clean, asked, state)
         steps = denoise_from(self._core(), state["prompt_embeds"][-batch:], clean, noise, sampling, run.start)
+        return self._finish(self._run(self._until(steps, run, denoising_end), run, state, asked), asked)
+
+
+class StableDiffusionXLInpaintPipeline(StableDiffusionXLPipeline, StableDiffusionInpaintPipeline):
+    """Painting into a mask with SDXL."""
+
+    _callback_tensor_inputs = (*StableDiffusionXLPipeline._callback_tensor_inputs, "mask", "masked_image_latents")
+
+    @torch.no_grad()
+    def __call__(  # type: ignore[override]
+        self,
+        prompt: str | list[str] | None = None,
+        prompt_2: str | list[str] | None = None,
+        image: Any = None,
+        mask_image: Any = None,
+        masked_image_latents: Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        padding_mask_crop: None = None,
+        strength: float = 0.9999,
+        num_inference_steps: int = 50,
+        timesteps: Sequence[int] | None = None,
+        sigmas: Sequence[float] | None = None,
+        denoising_start: None = None,
+        denoising_end: float | None = None,
+        guidance_scale: float = 7.5,
+        negative_prompt: str | list[str] | None = None,
+        negative_prompt_2: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        ip_adapter_image: None = None,
+        ip_adapter_image_embeds: None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        guidance_rescale: float = 0.0,
+        original_size: tuple[int, int] | None = None,
+        crops_coords_top_left: tuple[int, int] = (0, 0),
+        target_size: tuple[int, int] | None = None,
+        negative_original_size: tuple[int, int] | None = None,
+        negative_crops_coords_top_left: tuple[int, int] = (0, 0),
+        negative_target_size: tuple[int, int] | None = None,
+        clip_skip: int | None = None,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        **kwargs: Any,
+    ) -> Any:
+        """Generate `prompt` in `image` where `mask_image` is white: `.images`. See `StableDiffusionInpaintPipeline`."""
+        idle = {"denoising_start": (None,), "padding_mask_crop": (None,)}
+        accept(
+            type(self).__name__, {"denoising_start": denoising_start, "padding_mask_crop": padding_mask_crop}, idle, []
+        )
+        asked, batch = self._understand(locals())
+        self._guidance_rescale = guidance_rescale
+        own = self._own_size()
+        size = height or own[0], width or own[1]
+        state = self._told_of(locals(), asked, batch, size, own=True)
+        run = self._first_step(num_inference_steps, asked, strength)
+        region = self._region(locals(), asked, size, batch)
+        steps = self._inside(region, run, state, asked, noised=strength < 1 and latents is None)
         return self._finish(self._run(self._until(steps, run, denoising_end), run, state, asked), asked)

@@ -5,7 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    DDIMScheduler,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
+)
 from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -261,6 +266,17 @@ def test_dialect_from_images(twin_xl):
         {"num_inference_steps": 10, "denoising_end": 0.8, "output_type": "latent", "num_images_per_prompt": 2},
     ):
         settings = {"image": picture(), "num_inference_steps": 4, **case}
+        assert np.array_equal(theirs(own, **settings), theirs(pipeline, **settings)), case
+
+
+def test_dialect_inpainting(twin_xl):
+    own = dialect.StableDiffusionXLInpaintPipeline.from_pretrained(twin_xl[1])
+    pipeline = StableDiffusionXLInpaintPipeline.from_pipe(twin_xl[0])
+    pipeline.set_progress_bar_config(disable=True)
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 32, 64))
+    for case in ({}, {"strength": 1.0, "crops_coords_top_left": (4, 8), "guidance_rescale": 0.3}, {"strength": 0.5}):
+        settings = {"image": picture(), "mask_image": mask, "num_inference_steps": 4, **case}
         assert np.array_equal(theirs(own, **settings), theirs(pipeline, **settings)), case
 
 

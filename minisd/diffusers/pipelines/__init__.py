@@ -12,7 +12,11 @@ from minisd.diffusers.loading import Source
 from minisd.diffusers.pixel import DDIMPipeline, DDPMPipeline
 from minisd.diffusers.refusing import NotCoveredError
 from minisd.diffusers.text_to_image import StableDiffusionPipeline
-from minisd.diffusers.xl import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+from minisd.diffusers.xl import (
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
+)
 from minisd.files import read_json_object
 
 __all__ = [
@@ -26,6 +30,7 @@ __all__ = [
     "StableDiffusionInpaintPipeline",
     "StableDiffusionPipeline",
     "StableDiffusionXLImg2ImgPipeline",
+    "StableDiffusionXLInpaintPipeline",
     "StableDiffusionXLPipeline",
 ]
 
@@ -34,6 +39,7 @@ KINDS: tuple[Any, ...] = (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
     DDPMPipeline,
     DDIMPipeline,
