@@ -67,13 +67,13 @@ class Adapters:
         """Add the tokens in the textual-inversion file at `path`; returns them, for use in prompts.
 
         `token` names the token; otherwise the file does, by what is in it or by its own name. A tensor (n, D) will do
-        in the place of a path. Raises FileNotFoundError for a path that is not there, `minisd.CheckpointError` for
-        what is no embedding or one for another model, ValueError for a token that the vocabulary has already or that
-        no prompt can contain (an empty one, one with spaces).
+        in the place of a path, for SDXL as wide as both text encoders. Raises FileNotFoundError for a path that is not
+        there, `minisd.CheckpointError` for what is no embedding or one for another model, ValueError for a token that
+        the vocabulary has already or that no prompt can contain (an empty one, one with spaces).
         """
         from minisd.adapters.textual_inversion import open_embedding
 
-        found = open_embedding(path, token, self.model.text_encoder.config.width)
+        found = open_embedding(path, token, [encoder.config.width for encoder in self._encoders()])
         self._add(found)
         return list(found)
 
@@ -85,7 +85,8 @@ class Adapters:
             return
         for word in found.keys() & self.embeddings.keys():
             raise ValueError(f"token={word!r}: is loaded already; choose another name with token=")
-        plain = self._plain or Plain(self.model.tokenizer, self.model.text_encoder.token_embedding.weight)
+        tables = [encoder.token_embedding.weight for encoder in self._encoders()]
+        plain = self._plain or Plain(self.model.tokenizer, tables)
         self._use(plain, {**self.embeddings, **found})
 
     def unload_embedding(self, token: str | None = None) -> None:
@@ -98,9 +99,14 @@ class Adapters:
 
     def _use(self, plain: "Plain", words: dict[str, Tensor]) -> None:
         """Give the model the tokenizer and the token embedding that have these tokens added, and no others."""
-        self.model.tokenizer, table = plain.with_words(words)
-        self.model.text_encoder.take_table(table)
+        self.model.tokenizer, tables = plain.with_words(words)
+        for encoder, table in zip(self._encoders(), tables, strict=True):
+            encoder.take_table(table)
         self.embeddings, self._plain = words, plain if words else None
+
+    def _encoders(self) -> list[Any]:
+        """The text encoder, and SDXL's second."""
+        return [self.model.text_encoder, *([second] if (second := getattr(self.model, "text_encoder_2", None)) else [])]
 
     def merged(self, states: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
         """State dicts by component with the loaded LoRAs merged into the weights, as they are to be saved."""

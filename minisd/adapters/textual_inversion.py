@@ -6,7 +6,7 @@ know the words. Only safetensors are read: `minisd convert --from-pickle` makes 
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,29 +27,49 @@ WIDTHS = {768: "SD 1.x", 1024: "SD 2.x", 1280: "SDXL's second text encoder"}
 MOST = 75  # vectors: more have no place in a prompt
 
 
-def open_embedding(source: str | os.PathLike[str] | Tensor, token: str | None, width: int) -> dict[str, Tensor]:
-    """The words in `source`, with their vectors (n, width), float32.
+def open_embedding(
+    source: str | os.PathLike[str] | Tensor, token: str | None, width: int | Sequence[int]
+) -> dict[str, Tensor]:
+    """The words in `source`, with their vectors (n, width), float32. `width`: the text encoder's, or those of two.
 
-    A file may hold `emb_params` (the word is `token`, or the file's name without its ending), or one tensor for each
-    word under the word's name. A tensor (n, width) is taken as it is and needs a `token`. Raises FileNotFoundError for
-    a path that is not there, CheckpointError for what is no embedding or one for another model, ValueError for a
-    `token` that is missing or is one name for several words.
+    For SDXL's two text encoders a file holds `clip_l` and `clip_g`, which are concatenated. For one it may hold
+    `emb_params` (the word is `token`, or the file's name without its ending), or one tensor for each word under the
+    word's name. A tensor (n, width) is taken as it is and needs a `token`. Raises FileNotFoundError for a path that is
+    not there, CheckpointError for what is no embedding or one for another model, ValueError for a `token` that is
+    missing or is one name for several words.
     """
+    widths = (width,) if isinstance(width, int) else width
     if isinstance(source, Tensor):
         if token is None:
             raise ValueError("a tensor has no name: give token=")
-        return {token: shaped(source, width, "the tensor")}
+        return {token: shaped(source, sum(widths), "the tensor")}
     path = Path(os.path.expanduser(source))
-    files = open_file(path)
-    named = {name: read_vectors(files, name, width) for name in files.tensors}
+    files = open_file(path, two=len(widths) > 1)
+    if len(widths) > 1:
+        named = {"clip_l": both_vectors(files, widths)}
+    else:
+        named = {name: read_vectors(files, name, widths[0]) for name in files.tensors}
     if token is not None and len(named) > 1:
         raise ValueError(f"{path}: holds {len(named)} words ({', '.join(sorted(named)[:4])}): token= can name only one")
     own = {name: path.stem if name in NAMELESS else name for name in named}
     return {own[name] if token is None else token: vectors for name, vectors in named.items()}
 
 
-def open_file(path: Path) -> Files:
-    """The header of an embedding's file; what is no embedding is refused by name."""
+def both_vectors(files: Files, widths: Sequence[int]) -> Tensor:
+    """The vectors (n, sum of `widths`) of a word for SDXL. Raises CheckpointError for one that is for another model."""
+    names = ("clip_l", "clip_g")
+    if absent := [name for name in names if name not in files.tensors]:
+        raise CheckpointError(f"{files.path}: has no {absent[0]}: SDXL has two text encoders (clip_l and clip_g)")
+    halves = [read_vectors(files, name, width) for name, width in zip(names, widths, strict=True)]
+    if len(halves[0]) != len(halves[1]):
+        raise CheckpointError(
+            f"{files.path}: has {len(halves[0])} vectors for one text encoder, {len(halves[1])} for the other"
+        )
+    return torch.cat(halves, dim=1)
+
+
+def open_file(path: Path, *, two: bool) -> Files:
+    """The header of an embedding's file for one text encoder or `two`; what is no embedding is refused by name."""
     try:
         files = open_files([path], path)
     except CheckpointError as error:
@@ -59,7 +79,7 @@ def open_file(path: Path) -> Files:
         raise CheckpointError(f"{error}; {way}") from None
     if not files.tensors:
         raise CheckpointError(f"{path}: holds no tensors")
-    if "clip_g" in files.tensors:
+    if "clip_g" in files.tensors and not two:
         raise CheckpointError(f"{path}: is an embedding for SDXL (clip_l and clip_g): SD 1.x has one text encoder")
     kind = stranger(files.tensors)
     if kind and "embedding" not in kind:
@@ -99,21 +119,21 @@ def check_shape(shape: tuple[int, ...], width: int, label: str) -> None:
 
 @dataclass(frozen=True)
 class Plain:
-    """What a model was before it learnt words: its tokenizer and its table (rows, width)."""
+    """What a model was before it learnt words: its tokenizer and its text encoders' tables (rows, width)."""
 
     tokenizer: CLIPTokenizer
-    table: Tensor  # a Parameter
+    tables: Sequence[Tensor]  # Parameters
 
-    def with_words(self, words: Words) -> tuple[CLIPTokenizer, Tensor]:
-        """A tokenizer and a table that know `words` too. Without words: the very objects that were there before.
+    def with_words(self, words: Words) -> tuple[CLIPTokenizer, Sequence[Tensor]]:
+        """A tokenizer and tables that know `words` too. Without words: the very objects that were there before.
 
         A word of several vectors becomes the tokens "word", "word_1", "word_2", ... as in diffusers. Raises ValueError
         for a word that is known already, or that no prompt can contain.
         """
         if not words:
-            return self.tokenizer, self.table
+            return self.tokenizer, self.tables
         old = self.tokenizer
-        first = max(len(self.table), 1 + max(old.vocabulary.values()))
+        first = max(len(self.tables[0]), 1 + max(old.vocabulary.values()))
         tokens = [token for word, vectors in words.items() for token in spelling(word, len(vectors))]
         check_names(tokens, old)
         ids = {token: first + number for number, token in enumerate(tokens)}
@@ -125,8 +145,15 @@ class Plain:
             added=(*old.added, *tokens),
         )
         check_apart(words, old, tokenizer)
-        rows = torch.cat([self.table.detach(), *(vectors.to(self.table) for vectors in words.values())])
-        return tokenizer, nn.Parameter(rows, requires_grad=self.table.requires_grad)
+        widths = [table.shape[1] for table in self.tables]
+        halves = zip(*(vectors.split(widths, dim=1) for vectors in words.values()), strict=True)
+        return tokenizer, [longer(table, vectors) for table, vectors in zip(self.tables, halves, strict=True)]
+
+
+def longer(table: Tensor, vectors: Iterable[Tensor]) -> Tensor:
+    """The same Parameter with more rows."""
+    rows = torch.cat([table.detach(), *(some.to(table) for some in vectors)])
+    return nn.Parameter(rows, requires_grad=table.requires_grad)
 
 
 def spelling(word: str, vectors: int) -> list[str]:

@@ -319,3 +319,24 @@ def test_other_tasks(twin_xl):
     long = "a cat and " * 60
     assert sd.encode_prompt(long, None, long_prompts=True).shape[1] == 3 * 77 + 6
     assert not np.array_equal(mine(sd, long, long_prompts=True), mine(sd, long, long_prompts=True, crop=(32, 0)))
+
+
+def test_textual_inversion(twin_xl, tmp_path):
+    """A file for both text encoders, of two vectors, as diffusers is given its halves."""
+    vectors = {"clip_l": torch.randn(2, 128) * 0.05, "clip_g": torch.randn(2, 192) * 0.05}
+    save_file(vectors, tmp_path / "<thing>.safetensors")
+    pipeline, sd = loaded(twin_xl[1]), minisd.StableDiffusion.load(twin_xl[1])
+    plain = mine(sd, "a <thing> in red")
+    assert sd.load_embedding(tmp_path / "<thing>.safetensors") == ["<thing>"]
+    encoders = {"clip_l": pipeline.text_encoder, "clip_g": pipeline.text_encoder_2}
+    tokenizers = {"clip_l": pipeline.tokenizer, "clip_g": pipeline.tokenizer_2}
+    for name, half in vectors.items():
+        where = {"text_encoder": encoders[name], "tokenizer": tokenizers[name]}
+        pipeline.load_textual_inversion(half, token="<thing>", **where)
+    changed = mine(sd, "a <thing> in red")
+    assert np.array_equal(changed, theirs(pipeline, "a <thing> in red")) and not np.array_equal(changed, plain)
+    sd.unload_embedding()
+    assert np.array_equal(mine(sd, "a <thing> in red"), plain)
+    save_file({"emb_params": torch.zeros(1, 128)}, tmp_path / "one.safetensors")
+    with pytest.raises(minisd.CheckpointError, match=r"has no clip_l: SDXL has two text encoders"):
+        sd.load_embedding(tmp_path / "one.safetensors")
