@@ -89,7 +89,7 @@ class LatentDiffusionModel:
         for note in checkpoint.notes:
             warn(note)
         parts, own_tokenizer = checkpoint.components, read_tokenizer(checkpoint)
-        if "text_encoder_2" in parts:
+        if parts["unet"].config.added_width:
             cls = import_module("minisd.xl").StableDiffusionXL  # it stands on this file
         kinds = {"text_encoder": TextEncoder, "unet": UNet, "vae": VAE, "text_encoder_2": TextEncoder}
         dtypes = cls.dtypes(dtype)

@@ -67,6 +67,8 @@ class Settings(TypedDict, total=False):
     original_size: tuple[int, int] | None
     crop: tuple[int, int] | None
     target_size: tuple[int, int] | None
+    aesthetic_score: float
+    negative_aesthetic_score: float
 
 
 class LoopSettings(Settings, total=False):
@@ -97,6 +99,8 @@ class Sampling:
     `long_prompts`       encode prompts of more than 75 tokens in windows of 75 (`context.py`), instead of cutting them
     `original_size`, `crop`, `target_size`  what SDXL is told of the picture (`xl.py`): height and width before it was
                          cropped, top and left of the crop, height and width asked for. None: the image's, (0, 0)
+    `aesthetic_score`, `negative_aesthetic_score`  what its refiner is told in the place of the size asked for: how
+                         beautiful, from 0 to 10
 
     Two openings serve the tasks: `start`, the index of the first of `steps` to take, for `latents` that are already at
     the noise level of that step; and `predict_noise`, in the place of `StableDiffusion.predict_noise`.
@@ -121,6 +125,8 @@ class Sampling:
     original_size: tuple[int, int] | None = None
     crop: tuple[int, int] | None = None
     target_size: tuple[int, int] | None = None
+    aesthetic_score: float = 6.0
+    negative_aesthetic_score: float = 2.5
 
     def __post_init__(self) -> None:
         list_of_texts("negative_prompt", self.negative_prompt)
@@ -130,7 +136,7 @@ class Sampling:
         check_whole("clip_skip", self.clip_skip, least=0)
         for name in ("original_size", "crop", "target_size"):
             check_two(name, getattr(self, name))
-        for name in ("guidance_scale", "guidance_rescale", "eta"):
+        for name in ("guidance_scale", "guidance_rescale", "eta", "aesthetic_score", "negative_aesthetic_score"):
             number = getattr(self, name)
             if number is not None and (not isinstance(number, Real) or not 0 <= float(number) < float("inf")):
                 raise ValueError(f"{name}={number}: must be a finite number, at least 0")

@@ -271,7 +271,9 @@ def read_vae(config: Mapping[str, Any], where: str, notes: list[str]) -> VAEConf
 
 
 def read_text_encoder(config: Mapping[str, Any], where: str, notes: list[str]) -> TextEncoderConfig:
-    """text_encoder/config.json -> TextEncoderConfig."""
+    """text_encoder/config.json -> TextEncoderConfig: with a pooled vector only in SDXL's refiner."""
+    if config.get("architectures") == ["CLIPTextModelWithProjection"]:
+        return read_text_encoder_2(config, where, notes)
     return build(TextEncoderConfig, read_fields(TEXT_ENCODER, config, where, notes) | {"projection": 0}, where)
 
 

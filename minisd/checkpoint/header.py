@@ -199,7 +199,8 @@ def open_files(paths: list[Path], name: Path) -> Files:
 Part = TypeVar("Part")
 FUSED = ("attn.in_proj_weight", "attn.in_proj_bias")  # OpenCLIP's queries, keys and values: one tensor, three layers
 THIRDS = ("/q", "/k", "/v")  # behind the tensor's name: these rows of it
-TURNED = "conditioner.embedders.1.model.text_projection"  # OpenCLIP's, a transposed matrix: "/t" behind its name
+# OpenCLIP's in SDXL's base and refiner, a transposed matrix: "/t" behind its name
+TURNED = tuple(f"conditioner.embedders.{number}.model.text_projection" for number in (1, 0))
 
 
 def split_thirds(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
@@ -223,7 +224,7 @@ def split_thirds(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
 
 def is_turned(name: str) -> bool:
     """Whether the tensor of this name is transposed in the file."""
-    return name.endswith(f"{TURNED}/t")
+    return name.endswith("/t") and name[:-2].endswith(TURNED)
 
 
 def fused_name(name: str) -> tuple[str, int | None]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from minisd.checkpoint.configs import MAX_LAYERS, MAX_LEVELS
 from minisd.checkpoint.header import TensorInfo
 from minisd.checkpoint.keymap import ema_name
-from minisd.checkpoint.naming import OPENCLIP_MARK, TEXT_PREFIX, XL_MARK, Naming, Tensors, shape_of
+from minisd.checkpoint.naming import OPENCLIP_MARK, REFINER_PREFIX, TEXT_PREFIX, XL_MARK, Naming, Tensors, shape_of
 from minisd.config import SD15, TextEncoderConfig, UNetConfig, VAEConfig
 from minisd.files import CheckpointError
 
@@ -27,14 +27,15 @@ def infer_unet(tensors: Tensors, naming: Naming) -> UNetConfig:
     added = find(tensors, naming, "add_embedding.linear_1.weight", "label_emb.0.0.weight")
     linear = to_k[1] == 1024 or OPENCLIP_MARK in tensors or added is not None
     middle = transformer_depth(tensors, naming, "mid_block.attentions.0", "middle_block.1")
-    every = [depth or 1 for depth in depths[:-1]] + [depths[-1] or middle or 1]  # the last is the middle's too
+    every = [*depths[:-1], depths[-1] or middle]  # the last is the middle's too
+    alike = {depth for depth in every if depth}
     return replace(
         SD15.unet,
         in_channels=conv_in[1],
         out_channels=conv_out[0],
         widths=tuple(widths),
         attention=tuple(depth > 0 for depth in depths),
-        depths=every[0] if len(set(every)) == 1 else tuple(every),
+        depths=alike.pop() if len(alike) == 1 else tuple(depth or 1 for depth in every),
         added_width=added.shape[1] if added and len(added.shape) == 2 else 0,
         number_width=XL_NUMBERS if added else 0,
         resnets_per_level=resnets,
@@ -140,10 +141,11 @@ def infer_text_encoder(tensors: Tensors, naming: Naming) -> TextEncoderConfig:
 
 
 def projection_of(tensors: Tensors, naming: Naming) -> int:
-    """The width of the second text encoder's pooled vector."""
+    """The width of the pooled vector of SDXL's second text encoder, or its refiner's only one."""
     name = "model.text_projection/t" if naming.column == "compvis" else "text_projection.weight"
     found = tensors.get(naming.prefix + name)
-    return found.shape[0] if found and naming.component == "text_encoder_2" else 0
+    takes = naming.component == "text_encoder_2" or naming.prefix.endswith(REFINER_PREFIX)
+    return found.shape[0] if found and takes else 0
 
 
 INFER = {

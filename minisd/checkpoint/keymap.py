@@ -8,7 +8,7 @@ never matched: there is no pattern, no replacement and no order to respect. Writ
 This file needs the standard library only.
 """
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,9 +32,13 @@ XL_PREFIX = {  # and in one of SDXL
 }
 
 
-def prefixes(components: Container[str]) -> dict[str, str]:
-    """Where each component of a model begins in a single file."""
-    return XL_PREFIX if "text_encoder_2" in components else COMPVIS_PREFIX
+def prefixes(configs: Mapping[str, Any]) -> dict[str, str]:
+    """Where each component of a model begins in a single file, by their configurations: SDXL's have their own places.
+
+    Its refiner has one text encoder, with a pooled vector.
+    """
+    text = configs.get("text_encoder")
+    return XL_PREFIX if "text_encoder_2" in configs or (text and text.projection) else COMPVIS_PREFIX
 
 
 @dataclass(frozen=True, slots=True)

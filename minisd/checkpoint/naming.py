@@ -26,6 +26,8 @@ TITLES = {  # the components, for people
     "text_encoder_2": "second text encoder",
 }
 
+REFINER_PREFIX = "conditioner.embedders.0."
+
 # The prefixes that files in circulation have. The first entry of each is canonical.
 PREFIXES = {
     ("unet", "diffusers"): ("", "unet."),
@@ -41,7 +43,7 @@ PREFIXES = {
         "cond_stage_model.",
         "conditioner.embedders.0.transformer.",
     ),
-    ("text_encoder", "compvis"): ("cond_stage_model.", ""),  # OpenCLIP's names
+    ("text_encoder", "compvis"): ("cond_stage_model.", "", REFINER_PREFIX),  # OpenCLIP's names
     ("text_encoder_2", "diffusers"): ("", "text_encoder_2.", "te2.", "clip_g."),
     ("text_encoder_2", "compvis"): ("conditioner.embedders.1.",),
 }
@@ -158,7 +160,7 @@ IGNORABLE: tuple[tuple[str, str, frozenset[str]], ...] = tuple(
             "cond_stage_model.model.logit_scale cond_stage_model.model.text_projection "
             "cond_stage_model.transformer.text_projection.weight vision_model. visual_projection.weight "
             "conditioner.embedders.0.logit_scale conditioner.embedders.0.transformer.text_projection.weight "
-            "conditioner.embedders.1.model.logit_scale",
+            "conditioner.embedders.0.model.logit_scale conditioner.embedders.1.model.logit_scale",
         ),
         (
             "last layer of OpenCLIP",
@@ -199,7 +201,6 @@ PART_OF_XL = "a part of SDXL"
 
 # What is not of this family, by the beginnings of names that only it has; most telling first.
 STRANGERS = (
-    ("the SDXL refiner", "conditioner.embedders.0.model."),
     (PART_OF_XL, "conditioner.embedders. model.diffusion_model.label_emb. add_embedding.linear_1.weight"),
     (
         "SD 3 or Flux",
@@ -230,7 +231,7 @@ def way_out(other: str) -> str:
         LORA: "give it to load_lora() or --lora",
         EMBEDDING: "give it to load_embedding() or --embedding",
     }
-    return hints.get(other, "minisd knows Stable Diffusion 1.x, 2.x and XL (base)")
+    return hints.get(other, "minisd knows Stable Diffusion 1.x, 2.x and XL")
 
 
 def is_lora(name: str) -> bool:

@@ -51,6 +51,16 @@ XL_INDEX = {
 }
 
 
+REFINER_INDEX = {
+    **XL_INDEX,
+    "_class_name": "StableDiffusionXLImg2ImgPipeline",
+    "force_zeros_for_empty_prompt": False,
+    "requires_aesthetics_score": True,
+    "text_encoder": [None, None],
+    "tokenizer": [None, None],
+}
+
+
 def plain(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor:
     """A tensor as a file wants it: on the CPU, densely packed, in the shape that the layout gives it."""
     return tensor.detach().to(device="cpu", dtype=dtype or tensor.dtype).contiguous().reshape(shape)
@@ -161,7 +171,7 @@ def write_folder(model: Model, folder: Path, dtype: torch.dtype | None) -> None:
     for component, keys in model_keys(model.config).items():
         state = model.states[component]
         tensors = {key.diffusers: plain(state[key.minisd], key.shape, dtype) for key in keys}
-        path = folder / component / single_name(ALL_STEMS[component], "")
+        path = folder / folder_of(component, model.config) / single_name(ALL_STEMS[component], "")
         path.parent.mkdir(parents=True)
         write_tensors(path, tensors, {})
     write_settings(folder, model.config, model.tokenizer, model.generation)
@@ -172,16 +182,28 @@ def write_settings(folder: Path, config: ModelConfig, tokenizer: CLIPTokenizer, 
     for component in components_of(config):
         stored = configs.WRITERS[component](getattr(config, component))
         if component in TEXT_ENCODERS:  # added tokens may stand behind the two special tokens
-            ends = {"bos_token_id": START, "eos_token_id": END, "pad_token_id": tokenizer.pad_token}
+            padding = "!" if component == "text_encoder_2" else tokenizer.pad_token
+            ends = {"bos_token_id": START, "eos_token_id": END, "pad_token_id": padding}
             stored |= {name: tokenizer.vocabulary[token] for name, token in ends.items()}
-        write_json(folder / component / "config.json", stored)
+        write_json(folder / folder_of(component, config) / "config.json", stored)
     write_json(folder / "scheduler" / "scheduler_config.json", {"_class_name": "DDIMScheduler", **config.scheduler})
-    tokenizer_files.write_folder(tokenizer, folder / "tokenizer")
+    words = folder_of("text_encoder", config).replace("text_encoder", "tokenizer")
+    tokenizer_files.write_folder(tokenizer, folder / words)
     if config.text_encoder_2:
         tokenizer_files.write_folder(tokenizer.padded_with("!"), folder / "tokenizer_2")
     if generation:
         write_json(folder / GENERATION_CONFIG, generation)
-    write_json(folder / "model_index.json", XL_INDEX if config.text_encoder_2 else MODEL_INDEX)
+    index = REFINER_INDEX if is_refiner(config) else XL_INDEX if config.text_encoder_2 else MODEL_INDEX
+    write_json(folder / "model_index.json", index)
+
+
+def is_refiner(config: ModelConfig) -> bool:
+    """Whether it is SDXL's refiner, whose only text encoder is the second of the base model."""
+    return config.text_encoder.projection > 0
+
+
+def folder_of(component: str, config: ModelConfig) -> str:
+    return "text_encoder_2" if component == "text_encoder" and is_refiner(config) else component
 
 
 def components_of(config: ModelConfig) -> list[str]:
@@ -190,7 +212,7 @@ def components_of(config: ModelConfig) -> list[str]:
 
 def write_single_file(model: Model, file: Path, dtype: torch.dtype | None, title: str) -> None:
     """CompVis' layout: one file."""
-    prefix = prefixes(components_of(model.config))
+    prefix = prefixes({name: getattr(model.config, name) for name in components_of(model.config)})
     tensors = {
         prefix[component] + key.compvis: plain(model.states[component][key.minisd], key.compvis_shape, dtype)
         for component, keys in model_keys(model.config).items()
@@ -221,6 +243,9 @@ def settings_as_metadata(
     return metadata
 
 
+REFINER_WIDTH = 1280  # of the text that the UNet of SDXL's refiner attends to; the base model's is 2048
+
+
 def modelspec(title: str, prediction: str, unet: UNetConfig, downsampling: int, kind: str = "") -> dict[str, str]:
     """The metadata by which other programs recognise a model (https://github.com/Stability-AI/ModelSpec).
 
@@ -228,7 +253,8 @@ def modelspec(title: str, prediction: str, unet: UNetConfig, downsampling: int, 
     date: the same model written twice is the same file.
     """
     v2 = f"v2-{'768-v' if prediction == 'v_prediction' else '512'}"
-    family = "xl-v1-base" if unet.added_width else v2 if unet.linear_projections else "v1"
+    xl = "xl-v1-refiner" if unet.context_width == REFINER_WIDTH else "xl-v1-base"
+    family = xl if unet.added_width else v2 if unet.linear_projections else "v1"
     height, width = (side * downsampling for side in unet.own_size)
     return {
         "modelspec.sai_model_spec": "1.0.0",

@@ -186,9 +186,10 @@ class Survey:
     def tokenizer(self) -> TokenizerData | None:
         """The model's own tokenizer; None where there is none, which means CLIP's. Raises CheckpointError."""
         if self.layout == "diffusers":
-            if not (self.path / "tokenizer").is_dir():
+            names = [name for name in ("tokenizer", "tokenizer_2") if (self.path / name).is_dir()]
+            if not names:
                 raise CheckpointError(f"{self.path}: has no folder tokenizer/")
-            return tokenizer_files.read_folder(self.path / "tokenizer")
+            return tokenizer_files.read_folder(self.path / names[0])
         text = self.sets[""].metadata.get("minisd.tokenizer")
         return None if text is None else tokenizer_files.from_json(text, self.path)
 
@@ -264,6 +265,8 @@ def find_files(path: Path, *, half: bool, weights: str, only: str | None) -> dic
         return {"": (open_files(paths, path), None)}
     names = (only,) if only else FAMILY
     folders = {name: path / name for name in names if (path / name).is_dir()} or {"": path}
+    if "text_encoder_2" in folders and "text_encoder" not in folders and not only:  # SDXL's refiner has that one alone
+        folders["text_encoder"] = folders.pop("text_encoder_2")
     endings = (*PICKLES, ".safetensors", ".safetensors.index.json")
     if "" in folders and not only and not any(entry.name.endswith(endings) for entry in path.iterdir()):
         raise CheckpointError(f"{path}: is not a model in diffusers' layout: it has no folder unet/, and no weights")
@@ -438,19 +441,18 @@ def check_fit(path: Path, config: dict[str, Any]) -> None:
         raise CheckpointError(
             f"{path}: the UNet expects text of width {unet.context_width}, the text encoder gives {width}"
         )
-    numbers = unet.added_width - (second.projection if second else 0)
-    if bool(unet.added_width) != bool(second) or numbers != XL_NUMBERS * unet.number_width:
+    pooled = (second or text).projection
+    numbers = unet.added_width - pooled
+    if bool(unet.added_width) != bool(pooled) or numbers != (6 if second else 5) * unet.number_width * bool(pooled):
+        # Height and width of the original picture, the crop's corner, and of the picture wanted or, in the refiner, a
+        # score of its beauty.
         raise CheckpointError(
-            f"{path}: beside text the UNet expects {unet.added_width} numbers, and the text encoders give "
-            f"{second.projection if second else 0}"
+            f"{path}: beside text the UNet expects {unet.added_width} numbers, and the text encoders give {pooled}"
         )
     if unet.out_channels != vae.latent_channels:
         raise CheckpointError(
             f"{path}: the UNet makes {unet.out_channels} latent channels, the VAE has {vae.latent_channels}"
         )
-
-
-XL_NUMBERS = 6  # height and width three times: of the original picture, of the crop's corner, of the target
 
 
 def check_tokenizer(path: Path, tokenizer: Any, config: TextEncoderConfig) -> None:

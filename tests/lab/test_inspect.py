@@ -111,7 +111,6 @@ def test_loras_are_told_apart(tmp_path, dialect):
 
 
 STRANGERS = {
-    "the SDXL refiner": "conditioner.embedders.0.model.token_embedding.weight",
     "a part of SDXL": "conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight",
     "SD 3 or Flux": "model.diffusion_model.joint_blocks.0.context_block.attn.qkv.weight",
     "SD 2's depth model": "depth_model.model.pretrained.cls_token",

@@ -1,6 +1,7 @@
 """SDXL: two text encoders, a pooled vector and six numbers beside the text, transformers of several layers."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,8 +24,10 @@ from minisd import SD15
 from minisd.checkpoint.tokenizer_files import write_folder
 from minisd.lab.weights.convert import convert
 from minisd.lab.weights.inspect import inspect
+from minisd.pipeline import to_pictures
 from minisd.tasks import compose, finish, image_to_image, invert, mean_latents, reconstruct, to_images
 from minisd.tokenizer import CLIPTokenizer
+from minisd.xl import refine
 from tests.parity.reference import reference_text_encoder, reference_unet, reference_vae, shake
 
 POOLED, NUMBERS = 192, 256  # OpenCLIP's projection is square
@@ -340,3 +343,82 @@ def test_textual_inversion(twin_xl, tmp_path):
     save_file({"emb_params": torch.zeros(1, 128)}, tmp_path / "one.safetensors")
     with pytest.raises(minisd.CheckpointError, match=r"has no clip_l: SDXL has two text encoders"):
         sd.load_embedding(tmp_path / "one.safetensors")
+
+
+@pytest.fixture(scope="module")
+def refiner(twin_xl, tmp_path_factory):
+    """diffusers' pipeline of the refiner's plan, narrow, and its folder: the second text encoder alone, and a score."""
+    root = tmp_path_factory.mktemp("refiner")
+    torch.manual_seed(1)
+    pipeline = StableDiffusionXLImg2ImgPipeline(
+        unet=reference_unet(
+            (64, 128, 192, 192),
+            192,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=[1, 2, 3, 3],
+            transformer_layers_per_block=2,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=NUMBERS,
+            projection_class_embeddings_input_dim=POOLED + 5 * NUMBERS,
+        ),
+        vae=twin_xl[0].vae,
+        text_encoder=None,
+        text_encoder_2=twin_xl[0].text_encoder_2,
+        tokenizer=None,
+        tokenizer_2=twin_xl[0].tokenizer_2,
+        scheduler=twin_xl[0].scheduler,
+        requires_aesthetics_score=True,
+        force_zeros_for_empty_prompt=False,
+        add_watermarker=False,
+    )
+    pipeline.save_pretrained(root / "model")
+    return reloaded(root / "model"), root / "model"
+
+
+def reloaded(folder):
+    pipeline = StableDiffusionXLImg2ImgPipeline.from_pretrained(folder, add_watermarker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_refiner_alone(refiner, tmp_path):
+    pipeline, folder = refiner
+    sd, settings = minisd.StableDiffusion.load(folder), {"strength": 0.6, "guidance_scale": 5.0}
+    corner = {"crops_coords_top_left": (4, 8), "negative_crops_coords_top_left": (4, 8)}
+    for ours, others in (
+        ({}, {}),
+        ({"negative_prompt": "red", "aesthetic_score": 9.0}, {"negative_prompt": "red", "aesthetic_score": 9.0}),
+        ({"negative_aesthetic_score": 1.0, "crop": (4, 8)}, {"negative_aesthetic_score": 1.0, **corner}),
+    ):
+        steps = image_to_image(sd, "a cat", picture(), steps=5, seed=3, **settings, **ours)
+        wanted = theirs(pipeline, "a cat", image=picture(), num_inference_steps=5, **settings, **others)
+        assert np.array_equal(np.asarray(finish(sd, steps)[0]), wanted), ours
+
+
+def test_refiner_in_files(refiner, tmp_path):
+    pipeline, folder = refiner
+    sd, case = minisd.StableDiffusion.load(folder), {"image": picture(), "strength": 0.9}
+    sd.save(tmp_path / "model")
+    assert np.array_equal(theirs(reloaded(tmp_path / "model"), **case), theirs(pipeline, **case))
+    sd.save(tmp_path / "file.safetensors", layout="compvis")
+    save_file(load_file(tmp_path / "file.safetensors"), tmp_path / "published.safetensors")
+    assert "conditioner.embedders.0.model.text_projection" in load_file(tmp_path / "published.safetensors")
+    single = minisd.StableDiffusion.load(tmp_path / "published.safetensors")
+    assert single.unet.config == replace(sd.unet.config, sample_size=128) and single.tokenizer.pad_token == "!"
+    assert all(torch.equal(single.state()[name], weight) for name, weight in sd.state().items())
+    assert inspect(tmp_path / "published.safetensors").what == "Stable Diffusion XL, refiner"
+
+
+def test_base_and_refiner(twin_xl, refiner):
+    """The first part of the timesteps by one, the rest by the other, as diffusers' two pipelines hand over."""
+    base, fine = minisd.StableDiffusion.load(twin_xl[1]), minisd.StableDiffusion.load(refiner[1])
+    *_, last = refine(base, fine, "a cat", 0.7, steps=6, seed=3, guidance_scale=5.0)
+    settings = {"num_inference_steps": 6, "guidance_scale": 5.0}
+    generator = torch.Generator().manual_seed(3)
+    half = twin_xl[0]("a cat", denoising_end=0.7, output_type="latent", generator=generator, **settings).images
+    images = refiner[0]("a cat", image=half, denoising_start=0.7, generator=generator, **settings).images
+    assert np.array_equal(np.asarray(to_pictures(fine.decode(last.latents))[0]), np.asarray(images[0]))
+    with pytest.raises(ValueError, match="share=1: must be above 0 and below 1"):
+        refine(base, fine, "a cat", 1)

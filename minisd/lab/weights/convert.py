@@ -150,7 +150,7 @@ def plan(wanted: Conversion) -> Job:
 def plan_component(wanted: Conversion, component: str, target: Path, layout: str) -> Job:
     """A component alone."""
     part = open_alone(wanted.source, component, weights=wanted.weights)
-    entries = rename(part, layout, prefixes([component])[component], wanted.dtype)
+    entries = rename(part, layout, prefixes({component: part.config})[component], wanted.dtype)
     return Job(
         target=target, layout=layout, checkpoint=None, entries={component: entries}, leftovers=[],
         metadata=leftovers.of_component(component, part.config, entries), shard_size=wanted.shard_size,
@@ -173,7 +173,8 @@ def plan_model(wanted: Conversion, target: Path, layout: str) -> Job:
         checkpoint.components[name] = open_alone(wanted.take[name], name, weights=wanted.weights)
     check_parts(checkpoint)
     parts = checkpoint.components
-    entries = {name: rename(part, layout, prefixes(parts)[name], wanted.dtype) for name, part in parts.items()}
+    prefix = prefixes({name: part.config for name, part in parts.items()})
+    entries = {name: rename(part, layout, prefix[name], wanted.dtype) for name, part in parts.items()}
     beside, metadata = (None, {}) if wanted.lean else leftovers.beside(checkpoint)
     spare = [copied(beside, name, name, info.shape) for name, info in beside.tensors.items()] if beside else []
     if wanted.prediction not in (None, "v_prediction"):  # a marker tensor would say otherwise

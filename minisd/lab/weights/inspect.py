@@ -107,6 +107,8 @@ def what_it_is(found: Survey, parts: Mapping[str, Part], names: Mapping[str, Ten
 def family_of(parts: Mapping[str, Part]) -> str:
     """Which Stable Diffusion it is, as one of the components says."""
     unet, text = parts.get("unet") or parts.get(AVERAGED), parts.get("text_encoder")
+    if text and text.config.projection:
+        return "XL, refiner"
     if "text_encoder_2" in parts or (unet and unet.config.added_width):
         return "XL"
     return "2.x" if (unet and unet.config.linear_projections) or (text and text.config.openclip) else "1.x"

@@ -37,7 +37,8 @@ def beside(checkpoint: Checkpoint) -> tuple[Files | None, dict[str, str]]:
     files = checkpoint.survey.sets[""]
     parts = checkpoint.components.values()
     gone = {name for part in parts for name in part.match.used}
-    keys, prefix = model_keys(checkpoint.config), prefixes(checkpoint.components)
+    keys = model_keys(checkpoint.config)
+    prefix = prefixes({name: part.config for name, part in checkpoint.components.items()})
     gone |= {prefix[component] + key.compvis for component, rows in keys.items() for key in rows}
     if any(part.match.scales for part in parts):
         gone |= {name for name in files.tensors if ignorable(name) == "8-bit settings"}
