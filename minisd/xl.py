@@ -129,7 +129,8 @@ class StableDiffusionXL(StableDiffusion):
     def told(self, context: Tensor, pooled: Tensor, sizes: list[float]) -> Tensor:
         """Context (B, T, D) and the pooled vector (B, P) -> (B, T + n, D): behind it the vector that the UNet takes."""
         width, (count, _, depth) = self.unet.config.added_width, context.shape
-        numbers = timestep_embedding(torch.tensor(sizes, device=context.device), self.unet.config.number_width)
+        told = torch.tensor(sizes, dtype=context.dtype, device=context.device)  # rounded to it, as in diffusers
+        numbers = timestep_embedding(told, self.unet.config.number_width)
         vector = torch.cat([pooled, numbers.flatten().to(context.dtype).expand(count, -1)], dim=-1)  # (B, added_width)
         rows = F.pad(vector, (0, -width % depth)).unflatten(1, (-1, depth))
         return torch.cat([context, rows], dim=1)
@@ -149,14 +150,15 @@ def refine(
 ) -> Iterator[Step]:
     """The base model takes the first `share` of all timesteps, the refiner the rest (section 2.5 of the paper).
 
-    Yields the steps of both; the last one's latents are for `refiner.decode`. Raises ValueError for another `share`.
+    Yields the steps of both; the last one's latents are for `refiner.decode`. Raises ValueError for a `share` that
+    leaves nothing to one of them.
     """
-    if not 0 < share < 1:
-        raise ValueError(f"share={share}: must be above 0 and below 1")
     sampling = Sampling(**settings).with_generator()
     steps, _ = sampling.steps_and_scale(base.generation)
     scheduler = base.make_scheduler(sampling.scheduler, steps)
     first = int((scheduler.timesteps >= round(len(scheduler) * (1 - share))).sum()) // scheduler.order
+    if not 0 < first < steps:
+        raise ValueError(f"share={share}: leaves {first} of {steps} steps to the base model; both must have some")
 
     def both() -> Iterator[Step]:
         for step in islice(base.denoise(prompt, sampling), first * scheduler.order):

@@ -420,5 +420,5 @@ def test_base_and_refiner(twin_xl, refiner):
     half = twin_xl[0]("a cat", denoising_end=0.7, output_type="latent", generator=generator, **settings).images
     images = refiner[0]("a cat", image=half, denoising_start=0.7, generator=generator, **settings).images
     assert np.array_equal(np.asarray(to_pictures(fine.decode(last.latents))[0]), np.asarray(images[0]))
-    with pytest.raises(ValueError, match="share=1: must be above 0 and below 1"):
-        refine(base, fine, "a cat", 1)
+    with pytest.raises(ValueError, match="share=1: leaves 6 of 6 steps to the base model"):
+        refine(base, fine, "a cat", 1, steps=6)
