@@ -141,7 +141,7 @@ def looks_rounded(finer: Tensor, rounded: Tensor) -> bool:
     _, exponent = torch.frexp(rounded.float().abs().clamp(min=info.tiny))
     share = (finer.double() - rounded.double()).abs() / (info.eps * torch.exp2((exponent - 1).double()))  # up to 1/2
     moved = share[share > 0]
-    return moved.numel() > share.numel() / 2 and float(moved.max()) > (0.3 if moved.numel() > 64 else 0.0)
+    return moved.numel() >= share.numel() / 2 and float(moved.max()) > (0.3 if moved.numel() > 64 else 0.0)
 
 
 # ---- dtypes ----------------------------------------------------------------------------------------------
