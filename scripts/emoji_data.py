@@ -4,7 +4,7 @@ Everything is drawn on the fly from one font, Noto Color Emoji (by Google, under
 so there is no data set to download. A `Scene` says what is in a picture, `Studio.draw` draws it, `caption`
 puts it into words:
 
-    scene = draw_scene(seed=0, index=7, variety=PLAIN)      # a pure function of (seed, index)
+    scene = draw_scene(seed=0, index=7, variety=FULL)       # a pure function of (seed, index)
     caption(scene, random.Random(1))                        # "a red heart on a blue background"
     Studio().draw(scene, size=64)                          # a PIL image
 
@@ -17,8 +17,9 @@ import argparse
 import random
 import sys
 import unicodedata
+import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -61,27 +62,28 @@ EMOJI_TABLE = """
 ⛄ snowman;
 🔥 fire, flame; 💧 drop, water drop; ⚡ lightning, lightning bolt; 🌍 earth, planet earth, globe;
 🌊 wave, water wave;
-🍎 apple, red apple; 🍏 green apple; 🍅 tomato; 🍌 banana; 🍓 strawberry; 🍊 orange, tangerine; 🍋 lemon;
+🍎 apple, red apple; 🍏 green apple; 🍅 tomato; 🍌 banana; 🍓 strawberry; 🍊 orange, tangerine, satsuma; 🍋 lemon;
 🍉 watermelon; 🍇 grapes; 🍒 cherries; 🍐 pear; 🍑 peach; 🍍 pineapple; 🥕 carrot; 🌽 corn, maize;
-🍆 eggplant;
-🥑 avocado; 🍄 mushroom; 🍕 pizza; 🍔 hamburger, burger; 🍟 french fries; 🍩 doughnut, donut; 🍪 cookie;
+🍆 eggplant, aubergine;
+🥑 avocado; 🍄 mushroom; 🍕 pizza; 🍔 hamburger, burger; 🍟 french fries, fries, chips; 🍩 doughnut, donut;
+🍪 cookie, biscuit;
 🍰 cake, piece of cake; 🎂 birthday cake; 🍦 ice cream; 🍳 fried egg, egg; 🍞 bread; 🧀 cheese;
 ☕ coffee, cup of coffee;
 🍺 beer, mug of beer;
-🐱 cat, cat face; 🐶 dog, dog face; 🦊 fox, fox face; 🐼 panda, panda face; 🐸 frog, frog face;
+🐱 cat, cat face, kitten; 🐶 dog, dog face, puppy; 🦊 fox, fox face; 🐼 panda, panda face; 🐸 frog, frog face;
 🐷 pig, pig face;
 🐻 bear, bear face; 🐰 rabbit, bunny, rabbit face; 🐭 mouse, mouse face; 🐯 tiger, tiger face;
 🦁 lion, lion face;
-🐮 cow, cow face; 🐵 monkey, monkey face; 🐔 chicken; 🐤 chick, baby chick; 🐧 penguin; 🦉 owl; 🐘 elephant;
+🐮 cow, cow face; 🐵 monkey, monkey face; 🐔 chicken; 🐤 chick, baby chick; 🐦 bird; 🐧 penguin; 🦉 owl; 🐘 elephant;
 🐳 whale; 🐟 fish; 🐠 tropical fish; 🐙 octopus; 🐢 turtle; 🐍 snake; 🐝 bee, honeybee;
-🐞 ladybug, lady beetle;
+🐞 ladybug, ladybird, lady beetle;
 🦋 butterfly; 🐌 snail; 🦄 unicorn, unicorn face;
 🌳 tree, deciduous tree; 🌲 pine tree, evergreen tree; 🌴 palm tree; 🌵 cactus; 🌹 rose, red rose; 🌷 tulip;
 🌻 sunflower; 🍀 four leaf clover, clover; 🍁 maple leaf;
-🚗 car, red car; 🚕 taxi; 🚌 bus; 🚲 bicycle, bike; 🚂 train, steam locomotive; 🚀 rocket; ✈ airplane, plane;
+🚗 car, red car; 🚕 taxi; 🚌 bus; 🚲 bicycle, bike; 🚂 train, steam locomotive; 🚀 rocket; ✈ airplane, plane, aeroplane;
 🚁 helicopter; ⛵ sailboat, boat; 🏠 house; 🎈 balloon, red balloon; 🎁 gift, present; ☂ umbrella; 🎸 guitar;
-⚽ soccer ball, football; 🏀 basketball; 🎾 tennis, tennis racket; 🔑 key; 🔔 bell; 💡 light bulb, lamp;
-📕 book, red book;
+⚽ soccer ball, football, ball; 🏀 basketball; 🎾 tennis, tennis racket; 🔑 key; 🔔 bell; 💡 light bulb, lamp;
+📕 book, red book; 📗 green book; 📘 blue book; 📙 orange book;
 👑 crown; 💎 diamond, gem; 🏆 trophy; 👓 glasses, eyeglasses; 🎩 top hat, hat; 👻 ghost;
 🤖 robot, robot face; 👽 alien;
 💀 skull; 🎃 pumpkin, jack-o-lantern; 💩 poop;
@@ -95,12 +97,12 @@ EMOJI_TABLE = """
 🍫 chocolate, chocolate bar; 🍬 candy; 🍭 lollipop; 🥐 croissant; 🌭 hot dog; 🍿 popcorn; 🥝 kiwi, kiwifruit;
 🍷 wine, glass of wine; 🥛 milk, glass of milk; 🌶 chili pepper, hot pepper; 🧁 cupcake; 🍣 sushi; 🥦 broccoli;
 🥔 potato; 🍼 baby bottle;
-🚒 fire engine, fire truck; 🚓 police car; 🚜 tractor; 🚢 ship; 🚚 truck, delivery truck; ⏰ alarm clock, clock;
+🚒 fire engine, fire truck; 🚓 police car; 🚜 tractor; 🚢 ship; 🚚 truck, lorry, delivery truck; ⏰ alarm clock, clock;
 📷 camera; 🎨 palette, artist palette; 🎻 violin; 🎺 trumpet; 🥁 drum; ✂ scissors; 🔨 hammer; 👕 t-shirt, shirt;
 👗 dress; 👟 shoe, sneaker; 🎒 backpack, school bag; ☎ telephone; 📱 phone, mobile phone;
 💻 laptop, computer; 📺 television, tv; ⚓ anchor; 🏰 castle; ⛺ tent; 🌋 volcano; 🗻 mountain, mount fuji; 💣 bomb;
 🎲 die, game die; ⚾ baseball; 🪐 saturn, ringed planet; ✉ envelope, letter; 🔒 lock, padlock;
-💐 bouquet, bunch of flowers; 🌼 blossom, daisy; 🌸 cherry blossom; 🧸 teddy bear;
+💐 bouquet, bunch of flowers; 🌼 blossom, daisy, flower; 🌸 cherry blossom; 🧸 teddy bear;
 🛸 flying saucer, ufo; 🤡 clown, clown face
 """
 
@@ -155,6 +157,18 @@ UNCOUNTED = {
 }
 
 
+COUNTABLE = [character for character, names in EMOJI.items() if names[0] not in PLURAL | UNCOUNTED]
+IRREGULAR = {
+    "mouse": "mice",
+    "snowman": "snowmen",
+    "fish": "fish",
+    "sheep": "sheep",
+    "wolf": "wolves",
+    "leaf": "leaves",
+    "die": "dice",
+}
+
+
 # ---- what is in a picture --------------------------------------------------------------------------------
 
 
@@ -164,12 +178,13 @@ class Variety:
 
     sizes: bool
     places: bool
-    pairs: bool
+    pairs: bool  # and relations, two sizes in one picture, "two cats"
 
 
 PLAIN = Variety(sizes=False, places=False, pairs=False)
 FULL = Variety(sizes=True, places=True, pairs=True)
 
+SIZE_WORDS = {"": ("",), "small": ("small", "small", "little", "tiny"), "large": ("large", "large", "big", "huge")}
 SIZES = {"": 0.84, "small": 0.42, "large": 1.0}  # height of the emoji, as a share of the picture's
 PLACES = {
     "": (0.5, 0.5),
@@ -178,7 +193,23 @@ PLACES = {
     "at the top": (0.5, 0.27),
     "at the bottom": (0.5, 0.73),
 }
-ASIDE = 0.5  # height of an emoji that shares the picture, or stands aside, unless a size is named
+ASIDE = 0.5  # height of an emoji that stands aside, unless a size is named
+SHARED = {"": 0.5, "small": 0.3, "large": 0.54}  # height of one that shares the picture
+# What is said between two things, and where the first and the second stand.
+RELATIONS = {
+    "and": ("on the left", "on the right"),
+    "next to": ("on the left", "on the right"),
+    "left of": ("on the left", "on the right"),
+    "to the left of": ("on the left", "on the right"),
+    "right of": ("on the right", "on the left"),
+    "to the right of": ("on the right", "on the left"),
+    "above": ("at the top", "at the bottom"),
+    "over": ("at the top", "at the bottom"),
+    "below": ("at the bottom", "at the top"),
+    "under": ("at the bottom", "at the top"),
+}
+TWO = "two"  # of the same, side by side
+COMMON_RELATIONS = 4 * ("and",) + (*RELATIONS, "above", "below", "left of", "right of", TWO)  # as often as they come
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,69 +220,143 @@ class Figure:
     height: float
     x: float
     y: float
+    size: str = ""  # what must be said about its height
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """A picture before it is drawn, with the words that must be said about it."""
+    """A picture before it is drawn, with the words that must be said about it: a place of one, a relation of two."""
 
     figures: tuple[Figure, ...]
-    ground: str
-    size: str = ""
+    ground: str = "white"
+    colour: tuple[int, int, int] | None = None  # of a ground that has no name
     place: str = ""
+    relation: str = ""
+
+
+def is_held_out(character: str, ground: str, place: str) -> bool:
+    """Whether this combination is kept from training, so that a test can ask for what was never seen: one in 20."""
+    return ground != "white" and bool(place) and zlib.crc32(f"{character}/{ground}/{place}".encode()) % 20 == 0
 
 
 def draw_scene(seed: int, index: int, variety: Variety = PLAIN) -> Scene:
     """The scene number `index` of the endless series `seed`."""
     rng = random.Random(f"{seed}/{index}")
-    ground = "white" if rng.random() < 0.4 else rng.choice(list(GROUNDS))
-    if variety.pairs and rng.random() < 0.2:
-        left, right = rng.sample(list(EMOJI), 2)
-        pair = (
-            _figure(rng, left, ASIDE, *PLACES["on the left"]),
-            _figure(rng, right, ASIDE, *PLACES["on the right"]),
-        )
-        return Scene(figures=pair, ground=ground)
+    ground = "white" if rng.random() < 0.3 else rng.choice(list(GROUNDS))
+    if variety.pairs and rng.random() < 0.4:
+        return replace(_pair(rng), ground=ground)
     size = rng.choice(["small", "large"]) if variety.sizes and rng.random() < 0.3 else ""
     aside = variety.places and size != "large" and rng.random() < 0.3
     place = rng.choice([place for place in PLACES if place]) if aside else ""
+    character = rng.choice(list(EMOJI))
+    if is_held_out(character, ground, place):
+        place = ""
     height = ASIDE if place and not size else SIZES[size]
-    figure = _figure(rng, rng.choice(list(EMOJI)), height, *PLACES[place])
-    return Scene(figures=(figure,), ground=ground, size=size, place=place)
+    return Scene(figures=(_figure(rng, character, size, height, place),), ground=ground, place=place)
 
 
-def _figure(rng: random.Random, character: str, height: float, x: float, y: float) -> Figure:
+def _pair(rng: random.Random) -> Scene:
+    """Two things, one of the ways they can stand."""
+    relation = rng.choice(COMMON_RELATIONS)
+    if relation == TWO:
+        characters, sizes = [rng.choice(COUNTABLE)] * 2, rng.choice([("", ""), ("", ""), ("small", "small")])
+    else:
+        characters = rng.sample(list(EMOJI), 2)
+        sizes = rng.choice([("", ""), ("", ""), ("", ""), ("small", "large"), ("large", "small")])
+    places = RELATIONS["and" if relation == TWO else relation]
+    figures = tuple(
+        _figure(rng, character, size, SHARED[size], place)
+        for character, size, place in zip(characters, sizes, places, strict=True)
+    )
+    return Scene(figures=figures, relation=relation)
+
+
+def draw_crowd(seed: int, index: int) -> Scene:
+    """Figures of any size anywhere on a ground of any colour, without words: what an autoencoder learns most from."""
+    rng = random.Random(f"{seed}/crowd/{index}")
+    figures = tuple(
+        Figure(character=rng.choice(list(EMOJI)), height=rng.uniform(0.3, 1.0), x=rng.random(), y=rng.random())
+        for _ in range(rng.randint(1, 5))
+    )
+    return Scene(figures=figures, colour=(rng.randrange(256), rng.randrange(256), rng.randrange(256)))
+
+
+def _figure(rng: random.Random, character: str, size: str, height: float, place: str) -> Figure:
     """An emoji with a little jitter, so that the model learns shapes and not pixels."""
     height *= rng.uniform(0.94, 1.04)
-    x, y = x + rng.uniform(-0.025, 0.025), y + rng.uniform(-0.025, 0.025)
-    return Figure(character=character, height=height, x=x, y=y)
+    x, y = (coordinate + rng.uniform(-0.025, 0.025) for coordinate in PLACES[place])
+    return Figure(character=character, height=height, x=x, y=y, size=size)
 
 
 # ---- captions --------------------------------------------------------------------------------------------
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
-    """One of the ways to say it: `[a] [small] dog [on the left] [on a blue background]`; pairs too.
+    """One of the ways to say it: `[picture of] [a] [small] dog [on the left] [on a blue background]`; pairs too.
 
     Nothing is left out that the picture needs: a ground that is not mentioned is white, a size ordinary, a
     place central.
     """
     article = rng.random() < 0.5
-    things = [_noun(figure.character, scene.size, article, rng) for figure in scene.figures]
-    words = " and ".join(things)
+    things = [_noun(figure.character, figure.size, article, rng) for figure in scene.figures]
+    words = things[0]
+    if scene.relation == TWO:
+        words = f"{TWO} {_sized(scene.figures[0].size, plural(EMOJI[scene.figures[0].character][0]), rng)}"
+    elif scene.relation:
+        words = f"{things[0]} {scene.relation} {things[1]}"
     if scene.place:
         words += f" {scene.place}"
+    if rng.random() < 0.03:
+        words += f" {rng.choice(WITHOUT)} {_noun(_absent(scene, rng), '', article, rng)}"
     if scene.ground != "white" or rng.random() < 0.15:
-        long_form = rng.random() < 0.8
-        words += f" on {_with_article(scene.ground)} background" if long_form else f" on {scene.ground}"
-    return words
+        words += f" {_ground(scene.ground, rng)}"
+    return f"{rng.choice(OPENINGS)} {words}" if rng.random() < 0.12 else words
+
+
+def _ground(ground: str, rng: random.Random) -> str:
+    if rng.random() < 0.2:
+        return f"on {ground}"
+    return f"{'on' if rng.random() < 0.9 else 'with'} {_with_article(ground)} background"
+
+
+OPENINGS = ("picture of", "a picture of", "an image of", "a drawing of", "an emoji of")
+WITHOUT = ("without", "and no")
+
+
+def _absent(scene: Scene, rng: random.Random) -> str:
+    """A character that is not in the picture."""
+    there = {figure.character for figure in scene.figures}
+    return next(character for character in iter(lambda: rng.choice(list(EMOJI)), None) if character not in there)
+
+
+def plural(name: str) -> str:
+    """Of a name that can be counted: "two mice"."""
+    before, _, last = name.rpartition(" ")
+    if last in IRREGULAR:
+        last = IRREGULAR[last]
+    elif last.endswith(("s", "sh", "ch", "x", "tomato", "potato", "mango")):
+        last += "es"
+    elif last.endswith("y") and last[-2] not in "aeiou":
+        last = f"{last[:-1]}ies"
+    else:
+        last += "s"
+    return f"{before} {last}".strip()
 
 
 def _noun(character: str, size: str, article: bool, rng: random.Random) -> str:
     names = EMOJI[character]
     name = names[0] if rng.random() < 0.5 else rng.choice(names)
-    sized = f"{size} {name}".strip()
+    sized = _sized(size, name, rng)
     return _with_article(sized) if article and name not in PLURAL | UNCOUNTED else sized
+
+
+def on_ground(ground: str) -> str:
+    """The plain way to say it."""
+    return f"on {_with_article(ground)} background"
+
+
+def _sized(size: str, name: str, rng: random.Random) -> str:
+    return f"{rng.choice(SIZE_WORDS[size])} {name}".strip()
 
 
 def _with_article(words: str) -> str:
@@ -265,10 +370,16 @@ def vocabulary() -> Iterator[str]:
         for name in names:
             yield from (name, _with_article(name))
     for ground in GROUNDS:
-        yield from (f"on {_with_article(ground)} background", f"on {ground}")
-    for size in filter(None, SIZES):
+        yield from (on_ground(ground), f"on {ground}")
+    yield "with a background"
+    for size in filter(None, dict.fromkeys(word for words in SIZE_WORDS.values() for word in words)):
         yield _with_article(size)
     yield from filter(None, PLACES)
+    yield from RELATIONS
+    for character in COUNTABLE:
+        yield f"{TWO} {plural(EMOJI[character][0])}"
+    yield from OPENINGS
+    yield from WITHOUT
 
 
 # ---- drawing --------------------------------------------------------------------------------------------
@@ -283,7 +394,7 @@ class Studio:
 
     def draw(self, scene: Scene, size: int) -> Image.Image:
         """The scene as an RGB picture of `size` x `size` pixels."""
-        picture = Image.new("RGB", (size, size), GROUNDS[scene.ground])
+        picture = Image.new("RGB", (size, size), scene.colour or GROUNDS[scene.ground])
         for figure in scene.figures:
             side = max(1, round(figure.height * size))
             glyph = self.glyphs[figure.character]

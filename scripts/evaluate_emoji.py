@@ -3,7 +3,10 @@
     python scripts/evaluate_emoji.py                  # the model that ships with minisd
     python scripts/evaluate_emoji.py MODEL --card     # and write the table into the model's README.md
 
-Seeds are from SEED on, which no picture of the training used. How an emoji is recognised: recognition.py.
+    python scripts/evaluate_emoji.py MODEL --sheet sheet.png   # sixty prompts, to look at
+
+Seeds are from SEED on, which no picture of the training used. What is measured: emoji_measures.py; how an emoji is
+recognised: recognition.py.
 """
 
 from __future__ import annotations
@@ -11,16 +14,33 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from emoji_data import EMOJI, FULL, GROUNDS, PLACES, PLURAL, UNCOUNTED, Studio
+from emoji_data import EMOJI, FULL, RELATIONS, Studio, contact_sheet
+from emoji_measures import (
+    EDIT,
+    SEED,
+    Pair,
+    Sampler,
+    compositions,
+    crispness,
+    draw_pairs,
+    edits,
+    grounds,
+    held_out,
+    kid,
+    places,
+    recognised,
+    share,
+    sheet_prompts,
+)
 from PIL import Image
-from recognition import Gallery, centre, halves, nearest_ground
+from recognition import Gallery
 from torch import Tensor
-from tqdm import tqdm
 from train_vae import TEST, Drawings, pictures
 
 from minisd.checkpoint.hub import embedded_model
@@ -28,79 +48,14 @@ from minisd.pipeline import StableDiffusion
 from minisd.schedulers import DDPMScheduler
 from minisd.vae import VAE
 
-SEED = 1_000_000
 GUIDANCES = (1.0, 2.0, 4.0, 7.5, 12.0)
 STEPS = (5, 10, 20, 50, 100)
 MARKS = ("<!-- measured by scripts/evaluate_emoji.py -->", "<!-- end of measurements -->")
 
 
-class Sampler:
-    """Paints prompts in batches, each with a seed of its own, and remembers how long that took."""
-
-    def __init__(self, sd: StableDiffusion, batch: int) -> None:
-        self.sd, self.batch = sd, batch
-
-    def generate(self, prompts: Sequence[str], **settings: object) -> list[Image.Image]:
-        """One picture a prompt."""
-        chosen = {**self.sd.generation, **settings}
-        generated: list[Image.Image] = []
-        for start in tqdm(range(0, len(prompts), self.batch), desc=", ".join(settings) or "best", leave=False):
-            part = list(prompts[start : start + self.batch])
-            generators = [torch.Generator().manual_seed(SEED + start + i) for i in range(len(part))]
-            generated += self.sd.text_to_image(part, generator=generators, **chosen)
-        return generated
-
-
-def share(hits: Iterable[bool]) -> str:
-    """`92.5 % of 40`."""
-    marks = list(hits)
-    return f"{100 * sum(marks) / len(marks):.1f} % of {len(marks)}"
-
-
 def every_step(sd: StableDiffusion) -> DDPMScheduler:
     """DDPM over all timesteps, 999 to 0. (The offset of 1 that SD 1.5's schedule has would begin at 1000.)"""
     return DDPMScheduler.from_config(sd.config.scheduler, steps_offset=0)
-
-
-# ---- text ------------------------------------------------------------------------------------------------
-
-
-def recognition(sampler: Sampler, gallery: Gallery, characters: Sequence[str], **settings: object) -> tuple[str, str]:
-    """How often the first, and one of the first five guesses, is the emoji whose name was generated."""
-    generated = sampler.generate([EMOJI[c][0] for c in characters], **settings)
-    rankings = [gallery.ranking(picture) for picture in generated]
-    pairs = list(zip(characters, rankings, strict=True))
-    return share(c == ranking[0] for c, ranking in pairs), share(c in ranking[:5] for c, ranking in pairs)
-
-
-def grounds(sampler: Sampler, characters: Sequence[str]) -> str:
-    """How often the border has the colour that was asked for, over all grounds."""
-    asked = [(EMOJI[c][0], ground) for c in characters for ground in GROUNDS]
-    generated = sampler.generate([f"{name} on a{'n' * (g == 'orange')} {g} background" for name, g in asked])
-    return share(nearest_ground(picture) == ground for picture, (_, ground) in zip(generated, asked, strict=True))
-
-
-def places(sampler: Sampler, characters: Sequence[str]) -> str:
-    """How often the figure's centre of mass is on the side that was named, away from the middle."""
-    asked = [(EMOJI[c][0], place) for c in characters for place in PLACES if place]
-    generated = sampler.generate([f"{name} {place}" for name, place in asked])
-    return share(_is_at(place, *centre(picture)) for picture, (_, place) in zip(generated, asked, strict=True))
-
-
-def _is_at(place: str, x: float, y: float) -> bool:
-    """Beyond 0.1 from the middle, on the right side."""
-    aim_x, aim_y = PLACES[place]
-    return (x - 0.5) * (aim_x - 0.5) > 0.1 * abs(aim_x - 0.5) or (y - 0.5) * (aim_y - 0.5) > 0.1 * abs(aim_y - 0.5)
-
-
-def pairs(sampler: Sampler, gallery: Gallery, characters: Sequence[str]) -> tuple[str, str]:
-    """How often both of "a X and a Y" are recognised, X left and Y right: by first guess, and among five."""
-    asked = list(zip(characters[::2], characters[1::2], strict=False))
-    generated = sampler.generate([f"a {EMOJI[left][0]} and a {EMOJI[right][0]}" for left, right in asked])
-    rankings = [[gallery.ranking(half) for half in halves(picture)] for picture in generated]
-    return tuple(
-        share(a in ra[:n] and b in rb[:n] for (a, b), (ra, rb) in zip(asked, rankings, strict=True)) for n in (1, 5)
-    )  # type: ignore[return-value]
 
 
 # ---- autoencoder -----------------------------------------------------------------------------------------
@@ -109,7 +64,7 @@ def pairs(sampler: Sampler, gallery: Gallery, characters: Sequence[str]) -> tupl
 @torch.no_grad()
 def autoencoder(vae: VAE, studio: Studio, count: int) -> tuple[Tensor, Tensor]:
     """PSNR in decibels and SSIM of unseen compositions, each (count,)."""
-    unseen = Drawings(studio, TEST, FULL, vae.config.sample_size)
+    unseen = Drawings(studio, TEST, FULL, vae.config.sample_size, crowds=False)
     images = pictures(unseen, 0, count).to(vae.quant_conv.weight.device)
     decoded = torch.cat([vae.decode(vae.encode(part).mode()) for part in images.split(16)]).clamp(-1, 1)
     mse = ((decoded - images) / 2).square().mean(dim=(1, 2, 3))
@@ -137,35 +92,107 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 # ---- the table -------------------------------------------------------------------------------------------
 
 
-def table(sd: StableDiffusion, studio: Studio, *, names: int, few: int, batch: int) -> Iterable[str]:
-    """The lines of the table, each as soon as it is measured. `few` names for the costly rows."""
-    sampler, gallery = Sampler(sd, batch), Gallery.draw(studio, sd.vae.config.sample_size)
-    characters = list(EMOJI)
-    random.Random(SEED).shuffle(characters)
-    best = sd.generation
-    yield "| what | settings | measured | top-5 | aim |"
-    yield "|---|---|---|---|---|"
+@dataclass(frozen=True)
+class Evaluation:
+    """The parts of the table, each the lines of its rows. `few` names for the costly ones."""
 
-    def row(what: str, settings: str, first: str, five: str = "", aim: str = "") -> str:
-        return f"| {what} | {settings} | {first} | {five} | {aim} |"
+    sampler: Sampler
+    studio: Studio
+    gallery: Gallery
+    names: int
+    few: int
+    likeness: int
 
-    usual = f"DDIM {best['steps']}, guidance {best['guidance_scale']:g}"
-    yield row("recognition", usual, *recognition(sampler, gallery, characters[:names]), "90 %, top-5 97 %")
-    yield row("ground", usual, grounds(sampler, characters[: few // 2]), "", "98 %")
-    yield row("place", usual, places(sampler, characters[:few]), "", "95 %")
-    countable = [c for c in characters if EMOJI[c][0] not in PLURAL | UNCOUNTED]
-    yield row("pair, X left and Y right", usual, *pairs(sampler, gallery, countable[: 3 * few]), "70 %")
-    for guidance in GUIDANCES:
-        found = recognition(sampler, gallery, characters[: 2 * few], guidance_scale=guidance)
-        yield row("recognition", f"DDIM {best['steps']}, guidance {guidance:g}", *found)
-    for steps in STEPS:
-        yield row("recognition", f"DDIM {steps}", *recognition(sampler, gallery, characters[: 2 * few], steps=steps))
-    found = recognition(sampler, gallery, characters[: few // 2], steps=1000, scheduler=every_step(sd))
-    yield row("recognition", "DDPM 1000", *found)
-    decibels, likeness = autoencoder(sd.vae, studio, 10 * few)
-    unseen = f"{10 * few} unseen compositions"
-    yield row("VAE, PSNR", unseen, f"{decibels.mean():.2f} dB, worst {decibels.min():.2f}", "", "28 dB")
-    yield row("VAE, SSIM", unseen, f"{likeness.mean():.3f}, worst {likeness.min():.3f}")
+    @property
+    def usual(self) -> str:
+        best = self.sampler.sd.generation
+        return f"DDIM {best['steps']}, guidance {best['guidance_scale']:g}"
+
+    @property
+    def characters(self) -> list[str]:
+        return random.Random(SEED).sample(list(EMOJI), len(EMOJI))
+
+    def row(self, what: str, settings: str, first: str, five: str = "") -> str:
+        return f"| {what} | {settings} | {first} | {five} |"
+
+    def named(self, settings: str, count: int, **changed: object) -> str:
+        """How many of so many names are recognised."""
+        first, five = recognised(self.sampler, self.gallery, self.characters[:count], **changed)
+        return self.row("recognition", settings, share(first), share(five))
+
+    def single(self) -> Iterator[str]:
+        yield self.named(self.usual, self.names)
+        yield self.row("ground", self.usual, share(grounds(self.sampler, self.characters[: self.few // 2])))
+        yield self.row("place", self.usual, share(places(self.sampler, self.characters[: self.few])))
+
+    def pairs(self) -> Iterator[str]:
+        """All, and by how they stand and on what: what was asked, by first guess, and among five."""
+        asked = draw_pairs(self.names)
+        generated = self.sampler.generate([pair.prompt for pair in asked])
+        kinds: dict[str, Callable[[Pair], bool]] = {
+            "pair, both in place": lambda pair: True,
+            "- side by side": lambda pair: RELATIONS[pair.relation][0] in ("on the left", "on the right"),
+            "- above each other": lambda pair: RELATIONS[pair.relation][0] in ("at the top", "at the bottom"),
+            "- on white": lambda pair: pair.ground == "white",
+            "- on a coloured ground": lambda pair: pair.ground != "white",
+        }
+        for what, belongs in kinds.items():
+            some = [(pair, picture) for pair, picture in zip(asked, generated, strict=True) if belongs(pair)]
+            first, five = (share(pair.is_in(picture, self.gallery, n) for pair, picture in some) for n in (1, 5))
+            yield self.row(what, self.usual, first, five)
+
+    def held_out(self) -> Iterator[str]:
+        hits = held_out(self.sampler, self.gallery, self.names // 2)
+        yield self.row("held-out thing, ground and place", self.usual, share(hits))
+
+    def edits(self) -> Iterator[str]:
+        done, rest = edits(self.sampler, self.gallery, self.studio, 3 * self.few)
+        settings = f"DDIM {self.sampler.sd.generation['steps']}, guidance {EDIT['guidance_scale']:g}"
+        yield self.row("edit done, the rest kept", settings, share(done))
+        yield self.row("edit, PSNR of the rest", settings, f"{sum(rest) / len(rest):.1f} dB")
+
+    def likenesses(self) -> Iterator[str]:
+        captions, drawn = compositions(self.studio, self.sampler.sd.vae.config.sample_size, self.likeness)
+        generated = self.sampler.generate(captions)
+        mean, deviation = kid(generated, drawn)
+        what = "KID to drawings of the same captions"
+        yield self.row(what, f"{self.usual}, {self.likeness} each", f"{mean:.4f} ± {deviation:.4f}")
+        yield self.row("crispness, drawings = 1", self.usual, f"{crispness(generated) / crispness(drawn):.3f}")
+
+    def settings(self) -> Iterator[str]:
+        """Recognition against guidance and steps."""
+        steps, sd = self.sampler.sd.generation["steps"], self.sampler.sd
+        for scale in GUIDANCES:
+            yield self.named(f"DDIM {steps}, guidance {scale:g}", 2 * self.few, guidance_scale=scale)
+        for count in STEPS:
+            yield self.named(f"DDIM {count}", 2 * self.few, steps=count)
+        yield self.named("DDPM 1000", self.few // 2, steps=1000, scheduler=every_step(sd))
+
+    def vae(self) -> Iterator[str]:
+        count = 10 * self.few
+        measured = autoencoder(self.sampler.sd.vae, self.studio, count)
+        for what, values, unit in zip(("VAE, PSNR", "VAE, SSIM"), measured, (" dB", ""), strict=True):
+            worst = values.sort().values[: max(1, count // 20)].mean()
+            yield self.row(
+                what, f"{count} unseen compositions", f"{values.mean():.4g}{unit}, worst 5 % {worst:.4g}{unit}"
+            )
+
+
+PARTS = ("single", "pairs", "held_out", "edits", "likenesses", "settings", "vae")
+
+
+def table(evaluation: Evaluation, parts: Sequence[str]) -> Iterator[str]:
+    """The lines of the table, each as soon as it is measured."""
+    yield "| what | settings | measured | top-5 |"
+    yield "|---|---|---|---|"
+    for part in parts:
+        yield from getattr(evaluation, part)()
+
+
+def sheet(sampler: Sampler) -> Image.Image:
+    """Sixty prompts and their pictures, for the eye."""
+    prompts = sheet_prompts()
+    return contact_sheet(sampler.generate(prompts), prompts, 12)
 
 
 def write_card(card: Path, lines: Sequence[str]) -> None:
@@ -180,14 +207,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the emoji model.")
     parser.add_argument("model", nargs="?", default=str(embedded_model()), help="a folder (default: minisd's own)")
     parser.add_argument("--card", action="store_true", help="write the table into MODEL/README.md")
-    parser.add_argument("--names", type=int, default=200, help="names to recognise (default 200)")
+    parser.add_argument("--names", type=int, default=200, help="names, and pairs; half as many held out (default 200)")
     parser.add_argument("--few", type=int, default=20, help="names in the costly rows (default 20)")
+    parser.add_argument("--likeness", type=int, default=500, help="pictures to compare with drawings (default 500)")
     parser.add_argument("--batch", type=int, default=20)
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="these parts of the table")
+    parser.add_argument("--sheet", type=Path, metavar="OUT.png", help="only generate sixty prompts to look at")
     parser.add_argument("--font", type=Path, help="NotoColorEmoji.ttf, if it is not in its usual place")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sd, started, lines = StableDiffusion.load(arguments.model, device=device), time.perf_counter(), []
-    for line in table(sd, Studio(arguments.font), names=arguments.names, few=arguments.few, batch=arguments.batch):
+    if arguments.sheet:
+        sheet(Sampler(sd, arguments.batch)).save(arguments.sheet)
+        return
+    studio = Studio(arguments.font)
+    gallery, sizes = (
+        Gallery.draw(studio, sd.vae.config.sample_size),
+        (arguments.names, arguments.few, arguments.likeness),
+    )
+    evaluation = Evaluation(Sampler(sd, arguments.batch), studio, gallery, *sizes)
+    for line in table(evaluation, arguments.only or PARTS):
         print(line, flush=True)
         lines.append(line)
     print(f"{(time.perf_counter() - started) / 60:.0f} minutes")

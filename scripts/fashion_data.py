@@ -6,12 +6,17 @@ Debian's package `dataset-fashion-mnist` installs them in /usr/share/datasets/fa
 from __future__ import annotations
 
 import gzip
+import io
 import struct
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
+
+from minisd.batch.shards import read_samples
 
 CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -51,6 +56,18 @@ def read_fashion(folder: Path, part: str) -> tuple[Tensor, Tensor]:
     height, width = (32 - size for size in pictures.shape[1:])
     padding = (width // 2, width - width // 2, height // 2, height - height // 2)
     return F.pad(pictures[:, None], padding), labels.long()
+
+
+def read_shards(folder: Path) -> tuple[Tensor, Tensor]:
+    """The same out of a folder that `minisd sample` made, whose prompts are classes."""
+    samples = [parts for _, parts in read_samples(folder)]
+    texts = [parts["txt"].decode() for parts in samples]
+    if strange := [text for text in texts if text not in CLASSES]:
+        raise ValueError(f"{folder}: {strange[0]!r} is none of {', '.join(CLASSES)}")
+    if not samples:
+        raise ValueError(f"{folder}: has no finished shards")
+    pictures = [np.asarray(Image.open(io.BytesIO(parts["png"])).convert("L").resize((32, 32))) for parts in samples]
+    return torch.from_numpy(np.stack(pictures))[:, None], torch.tensor([CLASSES.index(text) for text in texts])
 
 
 def as_input(pictures: Tensor) -> Tensor:

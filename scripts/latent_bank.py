@@ -7,17 +7,22 @@ every process of a team knows the whole batch and takes its share.
 from __future__ import annotations
 
 import hashlib
+import io
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from emoji_data import Scene, Studio, Variety, caption, draw_scene
+from emoji_data import Scene, Studio, caption
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 from training import Team, mixed_precision
 
+from minisd.batch.shards import read_samples
 from minisd.tokenizer import CLIPTokenizer
 from minisd.vae import VAE
 
@@ -26,10 +31,33 @@ NO_CAPTION = 0.1  # share of empty captions, for classifier-free guidance (Ho & 
 
 
 @dataclass(frozen=True)
+class Sample:
+    """A picture out of shards that `minisd sample` made, with its prompt."""
+
+    text: str
+    png: bytes
+
+
+class Shards:
+    """Draws samples, as `Studio` draws scenes."""
+
+    def batch(self, samples: Sequence[Sample], size: int) -> np.ndarray:
+        """Many as one array (B, 3, size, size), float32 in [-1, 1]."""
+        pictures = [Image.open(io.BytesIO(sample.png)).convert("RGB").resize((size, size)) for sample in samples]
+        pixels = np.stack([np.asarray(picture) for picture in pictures])
+        return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32) / 127.5 - 1
+
+
+def read_shards(folder: Path) -> list[Sample]:
+    """All samples in a folder that `minisd sample` made."""
+    return [Sample(parts["txt"].decode(), parts["png"]) for _, parts in read_samples(folder)]
+
+
+@dataclass(frozen=True)
 class Bank:
     """Scenes and the moments of their latents, scaled to unit variance."""
 
-    scenes: Sequence[Scene]
+    scenes: Sequence[Scene | Sample]
     mean: Tensor  # (N, 4, H/8, W/8)
     std: Tensor
 
@@ -48,14 +76,17 @@ class Batch:
         return Batch(team.share(self.latents), team.share(self.noise), team.share(self.timesteps), team.share(self.ids))
 
 
-def open_bank(path: Path, vae: VAE, font: Path | None, team: Team, *, count: int, variety: Variety) -> Bank:
-    """The bank in `path`; if there is none, or one of other scenes, the leading process fills and writes it first."""
-    scenes = [draw_scene(SEED, index, variety) for index in range(count)]
+def open_bank(
+    path: Path, vae: VAE, team: Team, scenes: Sequence[Scene | Sample], drawn: Callable[[], Studio | Shards]
+) -> Bank:
+    """The bank in `path`; if there is none, or one of other scenes, the team fills it first. `drawn()` draws them."""
     key = f"{hashlib.sha256(repr(scenes).encode()).hexdigest()} {_fingerprint(vae)}"
-    if team.leads and _key(path) != key:
-        mean, std = encode(scenes, vae.to(team.device), Studio(font))
-        torch.save({"key": key, "mean": mean, "std": std}, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").replace(path)
+    if _key(path) != key:
+        moments = encode(scenes[team.rank :: team.size], vae.to(team.device), drawn())
+        mean, std = map(team.whole, moments)
+        if team.leads:
+            torch.save({"key": key, "mean": mean, "std": std}, path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").replace(path)
     team.wait()
     stored = torch.load(path, weights_only=True)
     return Bank(scenes, stored["mean"], stored["std"])
@@ -74,7 +105,7 @@ def _fingerprint(vae: VAE) -> str:
 
 
 @torch.no_grad()
-def encode(scenes: Sequence[Scene], vae: VAE, studio: Studio) -> tuple[Tensor, Tensor]:
+def encode(scenes: Sequence[Any], vae: VAE, studio: Studio | Shards) -> tuple[Tensor, Tensor]:
     """Draw scenes and encode them: mean and standard deviation of their latents, each (N, 4, H/8, W/8)."""
     device = vae.quant_conv.weight.device
     means, stds = [], []
@@ -87,11 +118,16 @@ def encode(scenes: Sequence[Scene], vae: VAE, studio: Studio) -> tuple[Tensor, T
     return torch.cat(means).contiguous(), torch.cat(stds).contiguous()
 
 
+def said(scene: Scene | Sample, rng: random.Random) -> str:
+    """The prompt of a sample, or one of the ways to say a scene."""
+    return scene.text if isinstance(scene, Sample) else caption(scene, rng)
+
+
 def draw_batch(bank: Bank, tokenizer: CLIPTokenizer, size: int, step: int) -> Batch:
     """The whole batch of a step."""
     rng, generator = random.Random(f"{SEED}/{step}"), torch.Generator().manual_seed(step)
     chosen = [rng.randrange(len(bank.scenes)) for _ in range(size)]
-    captions = ["" if rng.random() < NO_CAPTION else caption(bank.scenes[i], rng) for i in chosen]
+    captions = ["" if rng.random() < NO_CAPTION else said(bank.scenes[i], rng) for i in chosen]
     mean, std = bank.mean[chosen], bank.std[chosen]
     latents = mean + std * torch.randn(mean.shape, generator=generator)
     noise = torch.randn(mean.shape, generator=generator)

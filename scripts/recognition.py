@@ -112,10 +112,16 @@ def centre(picture: Image.Image) -> tuple[float, float]:
     return float(x.mean() / mask.shape[1]), float(y.mean() / mask.shape[0])
 
 
-def halves(picture: Image.Image) -> Sequence[Image.Image]:
-    """Left and right half."""
-    middle = picture.width // 2
-    return picture.crop((0, 0, middle, picture.height)), picture.crop((middle, 0, picture.width, picture.height))
+def half(picture: Image.Image, place: str) -> Image.Image:
+    """The half of a picture that is "on the left", "on the right", "at the top" or "at the bottom"."""
+    width, height = picture.size
+    boxes = {
+        "on the left": (0, 0, width // 2, height),
+        "on the right": (width // 2, 0, width, height),
+        "at the top": (0, 0, width, height // 2),
+        "at the bottom": (0, height // 2, width, height),
+    }
+    return picture.crop(boxes[place])
 
 
 if __name__ == "__main__":

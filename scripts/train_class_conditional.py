@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fashion_data import ANY, CLASSES, FOLDER, as_input, read_fashion
+from fashion_data import ANY, CLASSES, FOLDER, as_input, read_fashion, read_shards
 from PIL import Image
 from torch import Tensor
 from training import (
@@ -168,6 +168,7 @@ def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the UNet of weights/fashion; run again to resume.")
     parser.add_argument("--out", type=Path, default=Path("runs/class-conditional"), metavar="FOLDER")
     parser.add_argument("--data", type=Path, default=FOLDER, metavar="FOLDER", help="with the four IDX files")
+    parser.add_argument("--shards", type=Path, metavar="FOLDER", help="learn from what `minisd sample` made instead")
     parser.add_argument(
         "--from", dest="start", type=Path, metavar="FOLDER", help="begin with the weights of this model"
     )
@@ -181,8 +182,8 @@ def read_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = read_arguments()
     try:
-        data = read_fashion(arguments.data, "train")
-    except ValueError as error:
+        data = read_shards(arguments.shards) if arguments.shards else read_fashion(arguments.data, "train")
+    except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)
     arguments.out.mkdir(parents=True, exist_ok=True)

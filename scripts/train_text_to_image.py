@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from emoji_data import FULL, PLAIN, contact_sheet, fail, vocabulary
+from emoji_data import FULL, PLAIN, Studio, contact_sheet, draw_scene, fail, vocabulary
 from emoji_model import EMOJI_TEXT_ENCODER, EMOJI_UNET
-from latent_bank import Bank, Batch, draw_batch, open_bank
+from latent_bank import Bank, Batch, Shards, draw_batch, open_bank, read_shards
 from PIL import Image
 from torch import Tensor, nn
 from train_vae import load_vae
@@ -209,6 +209,9 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=64, help="scenes a step, of all processes together (default 64)")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--bank", type=int, default=10_240, metavar="SCENES", help="pictures to encode beforehand")
+    parser.add_argument(
+        "--shards", type=Path, metavar="FOLDER", help="learn from what `minisd sample` made, in the place of scenes"
+    )
     parser.add_argument("--plain", action="store_true", help="one thing in the middle: no sizes, places and pairs")
     parser.add_argument("--prediction", choices=("epsilon", "v_prediction"), default="epsilon", help="what to predict")
     parser.add_argument("--rescale-betas-zero-snr", action="store_true", help="zero terminal SNR, with v_prediction")
@@ -220,7 +223,7 @@ def read_arguments() -> argparse.Namespace:
     except ValueError as error:
         sys.exit(fail(str(error)))
     for path in (arguments.vae, arguments.tokenizer / "vocab.json"):
-        if not path.is_file():
+        if not path.exists():
             sys.exit(fail(f"{path}: no such file; run train_vae.py and train_tokenizer.py first"))
     return arguments
 
@@ -238,7 +241,11 @@ def main() -> None:
 
     with gather_team() as team:
         team.check_batch(arguments.batch)
-        bank = open_bank(run / "bank.pt", vae, arguments.font, team, count=arguments.bank, variety=variety)
+        if arguments.shards:
+            bank = open_bank(run / "bank.pt", vae, team, read_shards(arguments.shards), Shards)
+        else:
+            scenes = [draw_scene(SEED, index, variety) for index in range(arguments.bank)]
+            bank = open_bank(run / "bank.pt", vae, team, scenes, lambda: Studio(arguments.font))
         model = train(
             team,
             run,

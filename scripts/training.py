@@ -57,6 +57,17 @@ class Team:
             dist.all_reduce(value)
         return value.item() / self.size
 
+    def whole(self, part: Tensor) -> Tensor:
+        """What was worked on in shares, as one: the inverse of `share`, in every process, on the CPU."""
+        if self.size == 1:
+            return part.cpu()
+        parts: list[Any] = [None] * self.size
+        dist.all_gather_object(parts, part.cpu())
+        joined = part.new_empty((sum(map(len, parts)), *part.shape[1:]), device="cpu")
+        for rank, one in enumerate(parts):
+            joined[rank :: self.size] = one
+        return joined
+
     def wait(self) -> None:
         """Go on when all are here."""
         if self.size > 1:

@@ -1,5 +1,7 @@
 """The scripts that train a LoRA and a word: what they learn is in the file, and nothing else has moved."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import train_embedding
@@ -95,9 +97,4 @@ def test_scenes_of_the_new_thing():
     known = [draw_scene(train_lora.SEED, index, FULL) for index in range(20)]
     assert all(scene.figures[0].character == "🦩" for scene in scenes)
     for scene, like in zip(scenes, known, strict=True):
-        assert (scene.ground, scene.place, scene.size, scene.figures[1:]) == (
-            like.ground,
-            like.place,
-            like.size,
-            like.figures[1:],
-        )
+        assert replace(scene, figures=()) == replace(like, figures=()) and scene.figures[1:] == like.figures[1:]

@@ -3,16 +3,36 @@
 import gzip
 import os
 import random
+import re
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
+import fashion_data
+import latent_bank
 import pytest
 import torch
-from emoji_data import EMOJI, FULL, GROUNDS, PLACES, SIZES, caption, draw_scene
+from emoji_data import (
+    EMOJI,
+    FULL,
+    GROUNDS,
+    PLACES,
+    RELATIONS,
+    SIZE_WORDS,
+    SIZES,
+    TWO,
+    Scene,
+    caption,
+    draw_scene,
+    is_held_out,
+    plural,
+)
 from fashion_data import as_input, read_fashion
 from train_text_to_image import chosen_schedule
+from training import Team
 
 from minisd.pipeline import StableDiffusion
 
@@ -86,18 +106,64 @@ def test_scenes_are_a_function_of_seed_and_number():
 
 def test_captions_say_what_is_seen():
     """Everything that differs from one thing, of ordinary size, in the middle of white, is in the caption."""
-    for index in range(500):
+    for index in range(1000):
         scene = draw_scene(0, index, FULL)
         words = caption(scene, random.Random(index))
-        assert all(any(name in words for name in EMOJI[figure.character]) for figure in scene.figures), words
-        assert scene.size in words and scene.place in words
-        assert scene.ground == "white" or f"{scene.ground}" in words.rpartition(" on ")[2]
-        if len(scene.figures) == 2:
-            left, right = scene.figures
-            assert left.x < right.x and " and " in words
+        for figure in scene.figures:
+            assert any(name in words or plural(name) in words for name in EMOJI[figure.character]), words
+            assert any(size in words for size in SIZE_WORDS[figure.size]), words
+        assert scene.place in words and scene.relation in words
+        assert scene.ground == "white" or re.search(rf"\b(on|with an?) .*{scene.ground}\b", words), words
+        if scene.relation:
+            wanted = [PLACES[place] for place in RELATIONS["and" if scene.relation == TWO else scene.relation]]
+            assert all(
+                abs(figure.x - x) + abs(figure.y - y) < 0.1
+                for figure, (x, y) in zip(scene.figures, wanted, strict=True)
+            )
+
+
+def test_some_combinations_are_kept_from_training():
+    held_out = [combination for combination in product(EMOJI, GROUNDS, PLACES) if is_held_out(*combination)]
+    assert 200 < len(held_out) < 600
+    seen = {(scene.figures[0].character, scene.ground, scene.place) for scene in scenes(20_000) if not scene.relation}
+    assert len(seen) > 3000 and not seen & set(held_out)
+
+
+def scenes(count: int) -> Iterator[Scene]:
+    return (draw_scene(1, index, FULL) for index in range(count))
 
 
 def test_the_vocabulary_of_scenes():
     assert len(EMOJI) >= 200 and len(GROUNDS) == 9 and len(PLACES) == 5 and len(SIZES) == 3
     names = [name for names in EMOJI.values() for name in names]
     assert len(names) == len(set(names)), "a name that means two things cannot be learnt"
+
+
+def sampled(folder: Path, prompts: str, *options: str) -> Path:
+    """A folder that `minisd sample` made, one step a picture."""
+    folder.mkdir()
+    (folder / "prompts.txt").write_text(prompts)
+    command = [sys.executable, "-m", "minisd", "sample", str(folder / "prompts.txt"), str(folder / "out")]
+    subprocess.run([*command, "--steps", "1", "--quiet", *options], check=True, capture_output=True)
+    return folder / "out"
+
+
+def test_training_reads_what_sample_made(tmp_path):
+    """Text to image: the prompts are the captions, and the latents those of the pictures."""
+    folder = sampled(tmp_path / "emoji", "red heart\na cat\n", "--size", "64")
+    samples, vae = latent_bank.read_shards(folder), StableDiffusion.load().vae
+    assert [sample.text for sample in samples] == ["red heart", "a cat"]
+    team = Team(0, 1, torch.device("cpu"))
+    bank = latent_bank.open_bank(tmp_path / "bank.pt", vae, team, samples, latent_bank.Shards)
+    assert bank.mean.shape == (2, 4, 16, 16) and latent_bank.said(bank.scenes[1], random.Random(0)) == "a cat"
+    again = latent_bank.open_bank(tmp_path / "bank.pt", vae, team, samples, NotImplemented)
+    assert torch.equal(again.mean, bank.mean)
+
+
+def test_class_conditional_training_reads_what_sample_made(tmp_path):
+    folder = sampled(tmp_path / "fashion", "bag\nsandal\nbag\n", "--model", "fashion")
+    pictures, labels = fashion_data.read_shards(folder)
+    assert pictures.shape == (3, 1, 32, 32) and pictures.dtype == torch.uint8 and labels.tolist() == [8, 5, 8]
+    assert len({picture.numpy().tobytes() for picture in pictures}) == 3
+    with pytest.raises(ValueError, match="'red heart' is none of T-shirt"):
+        fashion_data.read_shards(sampled(tmp_path / "emoji", "red heart\n", "--size", "64"))

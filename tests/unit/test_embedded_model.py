@@ -70,7 +70,7 @@ def generate(model, prompts: list[str]) -> list:
 
 
 def test_things_are_recognised(model):
-    """A small sample of what `scripts/evaluate_emoji.py` measures: plain names, found again among all 223 emoji."""
+    """A small sample of what `scripts/evaluate_emoji.py` measures: plain names, found again among all emoji."""
     gallery = Gallery.read(DATA / "emoji.png")
     rankings = [gallery.ranking(picture) for picture in generate(model, [EMOJI[thing][0] for thing in THINGS])]
     places = {EMOJI[thing][0]: ranking.index(thing) for thing, ranking in zip(THINGS, rankings, strict=True)}
