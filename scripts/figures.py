@@ -128,7 +128,9 @@ def inversion(sd: StableDiffusion) -> Image.Image:
     apple = Studio().draw(Scene(figures=(replace(figures[0], height=0.7, x=0.45, y=0.55),), ground="blue"), size)
     words = "an apple on a blue background"
     start = mean_latents(sd, to_images([apple], size, size))
-    edited = finish(sd, edit(sd, words, words.replace("blue", "yellow"), start, start=12, **sd.generation))[0]
+    usual = {**sd.generation, "guidance_scale": 2.0}  # and a tenth of the steps: what `minisd edit` takes by itself
+    first = usual["steps"] // 10
+    edited = finish(sd, edit(sd, words, words.replace("blue", "yellow"), start, start=first, **usual))[0]
     labels = [
         "the picture",
         f"through the VAE: {back[0].limit[0]:.1f} dB",
