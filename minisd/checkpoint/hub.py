@@ -89,9 +89,10 @@ def wanted_files(repository: str, names: list[str], *, half: bool, weights: str)
     """Those `names` of files that make one model: configurations, tokenizer, one variant of each component."""
     wanted = [name for name in names if name.startswith(("tokenizer/", "tokenizer_2/"))]
     wanted += [name for name in ("scheduler/scheduler_config.json", GENERATION_CONFIG) if name in names]
+    refiner = any(name.startswith("text_encoder_2/") for name in names)  # SDXL's has no other text encoder
     for component, stem in ALL_STEMS.items():
         if not any(name.startswith(f"{component}/") for name in names):
-            if component not in STEMS:
+            if component not in STEMS or (component == "text_encoder" and refiner):
                 continue
             raise CheckpointError(
                 f"{repository}: has no {component}/{stem}.safetensors: it is not in diffusers' layout"

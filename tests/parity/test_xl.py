@@ -21,6 +21,7 @@ from transformers import CLIPTokenizer as ReferenceTokenizer
 import minisd
 import minisd.diffusers as dialect
 from minisd import SD15
+from minisd.checkpoint.hub import wanted_files
 from minisd.checkpoint.tokenizer_files import write_folder
 from minisd.lab.weights.convert import convert
 from minisd.lab.weights.inspect import inspect
@@ -409,6 +410,14 @@ def test_refiner_in_files(refiner, tmp_path):
     assert single.unet.config == replace(sd.unet.config, sample_size=128) and single.tokenizer.pad_token == "!"
     assert all(torch.equal(single.state()[name], weight) for name, weight in sd.state().items())
     assert inspect(tmp_path / "published.safetensors").what == "Stable Diffusion XL, refiner"
+    convert(tmp_path / "published.safetensors", tmp_path / "folder")
+    again = reloaded(tmp_path / "folder")
+    for part in ("unet", "vae", "text_encoder_2"):
+        weights, before = getattr(again, part).state_dict(), getattr(pipeline, part).state_dict()
+        assert weights.keys() == before.keys() and all(torch.equal(weights[name], before[name]) for name in before)
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    fetched = wanted_files("somebody/refiner", names, half=False, weights="auto")
+    assert {"text_encoder_2/model.safetensors", "tokenizer_2/tokenizer_config.json"} <= set(fetched)
 
 
 def test_base_and_refiner(twin_xl, refiner):

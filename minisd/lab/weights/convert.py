@@ -23,7 +23,7 @@ from minisd.checkpoint.hub import ALL_STEMS, index_name, single_name
 from minisd.checkpoint.keymap import FAMILY, KEYS, Key, prefixes
 from minisd.checkpoint.load import Checkpoint, check_parts, open_alone, open_checkpoint, read_tokenizer
 from minisd.checkpoint.naming import EMBEDDING, LORA, stranger
-from minisd.checkpoint.save import check_replaceable, into_place, write_json, write_settings
+from minisd.checkpoint.save import check_replaceable, folder_of, into_place, write_json, write_settings
 from minisd.checkpoint.survey import Part
 from minisd.checkpoint.values import Values
 from minisd.files import CheckpointError
@@ -260,7 +260,7 @@ def run(job: Job, place: Path, advance: Advance) -> None:
         write_file(place, every + job.leftovers, (job.metadata or {"format": "pt"}) | job.recipe, advance)
         return
     for component, entries in job.entries.items():
-        folder = place if job.checkpoint is None else place / component
+        folder = place if job.checkpoint is None else place / folder_of(component, job.checkpoint.config)
         folder.mkdir(parents=True)
         metadata = {"format": "pt"} | job.recipe
         write_shards(folder, ALL_STEMS[component], entries, job.shard_size, metadata, advance)
