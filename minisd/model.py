@@ -129,6 +129,11 @@ class LatentDiffusionModel:
     def dtype(self) -> torch.dtype:
         return self.unet.conv_in.weight.dtype
 
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        """SDXL's may be another than its UNet's: see `dtypes`."""
+        return next(self.vae.parameters()).dtype
+
     def _repr_html_(self) -> str:
         """In a notebook: its parts, and what it is recommended to be used with."""
         rows = {name: sum(weight.numel() for weight in part.parameters()) for name, part in self.modules.items()}

@@ -23,12 +23,11 @@ from minisd.config import END
 from minisd.pipeline import StableDiffusion
 from minisd.sampling import LoopSettings, Sampling, Settings, Step, Texts, matching_prompts
 from minisd.text_encoder import TextEncoder
+from minisd.tokenizer import usual_padding
 from minisd.unet import split_context, timestep_embedding
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-PADDING = "!"  # behind a prompt, for the second text encoder
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -87,7 +86,7 @@ class StableDiffusionXL(StableDiffusion):
         return context
 
     def decode(self, latents: Tensor) -> Tensor:
-        return super().decode(latents.to(next(self.vae.parameters()).dtype))
+        return super().decode(latents.to(self.vae_dtype))
 
     def sizes(self, sampling: Sampling, score: float) -> list[float]:
         """What the UNet is told: height and width of the original, top and left of the crop, height and width wanted.
@@ -118,7 +117,7 @@ class StableDiffusionXL(StableDiffusion):
         encoder, vocabulary = self.pooling, self.tokenizer.vocabulary
         end = (ids == vocabulary[END]).int().argmax(dim=-1, keepdim=True)  # (B, 1), the first end token
         positions = torch.arange(ids.shape[1], device=ids.device)
-        ids = torch.where(positions > end, vocabulary[PADDING], ids)
+        ids = torch.where(positions > end, vocabulary[usual_padding(encoder.config)], ids)
         count = len(encoder.layers)
         before = x = encoder.hidden(ids, count - 1 - clip_skip)
         for layer in encoder.layers[count - 1 - clip_skip :]:

@@ -184,6 +184,7 @@ class Variety:
 PLAIN = Variety(sizes=False, places=False, pairs=False)
 FULL = Variety(sizes=True, places=True, pairs=True)
 
+COLOURED = [ground for ground in GROUNDS if ground != "white"]
 SIZE_WORDS = {"": ("",), "small": ("small", "small", "little", "tiny"), "large": ("large", "large", "big", "huge")}
 SIZES = {"": 0.84, "small": 0.42, "large": 1.0}  # height of the emoji, as a share of the picture's
 PLACES = {
@@ -405,8 +406,13 @@ class Studio:
 
     def batch(self, scenes: Sequence[Scene], size: int) -> np.ndarray:
         """Many scenes as one array (B, 3, size, size), float32 in [-1, 1]."""
-        pixels = np.stack([np.asarray(self.draw(scene, size)) for scene in scenes])
-        return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32) / 127.5 - 1
+        return as_array([self.draw(scene, size) for scene in scenes])
+
+
+def as_array(pictures: Sequence[Image.Image]) -> np.ndarray:
+    """RGB pictures -> (B, 3, H, W), float32 in [-1, 1]."""
+    pixels = np.stack([np.asarray(picture) for picture in pictures])
+    return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32) / 127.5 - 1
 
 
 def find_font(font: str | Path | None = None) -> Path:

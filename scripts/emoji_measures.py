@@ -15,6 +15,7 @@ from itertools import cycle, product
 import numpy as np
 import torch
 from emoji_data import (
+    COLOURED,
     COUNTABLE,
     EMOJI,
     FULL,
@@ -126,11 +127,10 @@ class Pair:
 def draw_pairs(count: int) -> list[Pair]:
     """Pairs of countable things in all relations, every second one on a coloured ground."""
     rng = random.Random(SEED)
-    coloured = [ground for ground in GROUNDS if ground != "white"]
     found = []
     for number, relation in zip(range(count), cycle(RELATIONS), strict=False):
         first, second = rng.sample(COUNTABLE, 2)
-        found.append(Pair((first, second), relation, rng.choice(coloured) if number // len(RELATIONS) % 2 else "white"))
+        found.append(Pair((first, second), relation, rng.choice(COLOURED) if number // len(RELATIONS) % 2 else "white"))
     return found
 
 
@@ -177,11 +177,11 @@ class Edit:
 
 def draw_edits(count: int) -> list[Edit]:
     """As many of the ground as of the thing and of the size."""
-    rng, coloured = random.Random(SEED), [ground for ground in GROUNDS if ground != "white"]
+    rng = random.Random(SEED)
     found = []
     for number in range(count):
         thing, other = rng.sample(COUNTABLE, 2)
-        ground, another = rng.sample(coloured, 2)
+        ground, another = rng.sample(COLOURED, 2)
         figure = Figure(character=thing, height=SIZES[""], x=0.5, y=0.5)
         before = Scene(figures=(figure,), ground=ground)
         changed = (

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from emoji_data import Scene, Studio, caption
+from emoji_data import Scene, Studio, as_array, caption
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -43,9 +43,8 @@ class Shards:
 
     def batch(self, samples: Sequence[Sample], size: int) -> np.ndarray:
         """Many as one array (B, 3, size, size), float32 in [-1, 1]."""
-        pictures = [Image.open(io.BytesIO(sample.png)).convert("RGB").resize((size, size)) for sample in samples]
-        pixels = np.stack([np.asarray(picture) for picture in pictures])
-        return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32) / 127.5 - 1
+        opened = (Image.open(io.BytesIO(sample.png)) for sample in samples)
+        return as_array([picture.convert("RGB").resize((size, size)) for picture in opened])
 
 
 def read_shards(folder: Path) -> list[Sample]:

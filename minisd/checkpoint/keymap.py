@@ -38,7 +38,7 @@ def prefixes(configs: Mapping[str, Any]) -> dict[str, str]:
     Its refiner has one text encoder, with a pooled vector.
     """
     text = configs.get("text_encoder")
-    return XL_PREFIX if "text_encoder_2" in configs or (text and text.projection) else COMPVIS_PREFIX
+    return XL_PREFIX if configs.get("text_encoder_2") or (text and text.projection) else COMPVIS_PREFIX
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,8 +386,12 @@ KEYS: dict[str, Callable[[Any], Iterator[Key]]] = {
 
 def model_keys(config: ModelConfig) -> dict[str, list[Key]]:
     """The whole table, by component."""
-    present = {name: part for name in FAMILY if (part := getattr(config, name)) is not None}
-    return {component: list(KEYS[component](part)) for component, part in present.items()}
+    return {component: list(KEYS[component](getattr(config, component))) for component in components_of(config)}
+
+
+def components_of(config: ModelConfig) -> list[str]:
+    """Those that a model has."""
+    return [name for name in FAMILY if getattr(config, name) is not None]
 
 
 def ema_name(compvis: str) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor
 from minisd.checkpoint import configs, tokenizer_files
 from minisd.checkpoint.header import by_whole, is_turned
 from minisd.checkpoint.hub import ALL_STEMS, GENERATION_CONFIG, single_name
-from minisd.checkpoint.keymap import FAMILY, model_keys, prefixes
+from minisd.checkpoint.keymap import FAMILY, components_of, model_keys, prefixes
 from minisd.checkpoint.naming import TEXT_ENCODERS
 from minisd.config import END, START, ModelConfig, UNetConfig
 from minisd.tokenizer import CLIPTokenizer, usual_padding
@@ -190,7 +190,8 @@ def write_settings(folder: Path, config: ModelConfig, tokenizer: CLIPTokenizer, 
     words = folder_of("text_encoder", config).replace("text_encoder", "tokenizer")
     tokenizer_files.write_folder(tokenizer, folder / words)
     if config.text_encoder_2:
-        tokenizer_files.write_folder(tokenizer.padded_with("!"), folder / "tokenizer_2")
+        second = tokenizer.padded_with(usual_padding(config.text_encoder_2))
+        tokenizer_files.write_folder(second, folder / "tokenizer_2")
     if generation:
         write_json(folder / GENERATION_CONFIG, generation)
     index = REFINER_INDEX if is_refiner(config) else XL_INDEX if config.text_encoder_2 else MODEL_INDEX
@@ -206,13 +207,9 @@ def folder_of(component: str, config: ModelConfig) -> str:
     return "text_encoder_2" if component == "text_encoder" and is_refiner(config) else component
 
 
-def components_of(config: ModelConfig) -> list[str]:
-    return [name for name in FAMILY if getattr(config, name) is not None]
-
-
 def write_single_file(model: Model, file: Path, dtype: torch.dtype | None, title: str) -> None:
     """CompVis' layout: one file."""
-    prefix = prefixes({name: getattr(model.config, name) for name in components_of(model.config)})
+    prefix = prefixes(vars(model.config))
     tensors = {
         prefix[component] + key.compvis: plain(model.states[component][key.minisd], key.compvis_shape, dtype)
         for component, keys in model_keys(model.config).items()

@@ -442,10 +442,9 @@ def check_fit(path: Path, config: dict[str, Any]) -> None:
             f"{path}: the UNet expects text of width {unet.context_width}, the text encoder gives {width}"
         )
     pooled = (second or text).projection
-    numbers = unet.added_width - pooled
-    if bool(unet.added_width) != bool(pooled) or numbers != (6 if second else 5) * unet.number_width * bool(pooled):
-        # Height and width of the original picture, the crop's corner, and of the picture wanted or, in the refiner, a
-        # score of its beauty.
+    # Of the original picture, of the crop's corner, and of the picture wanted or, in the refiner, how beautiful it is.
+    numbers = 6 if second else 5 if pooled else 0
+    if unet.added_width != pooled + numbers * unet.number_width:
         raise CheckpointError(
             f"{path}: beside text the UNet expects {unet.added_width} numbers, and the text encoders give {pooled}"
         )

@@ -13,7 +13,9 @@ from minisd.diffusers.refusing import accept, shortened
 from minisd.noise import Generators
 
 # Arguments of a call that do nothing here, and the values at which they do nothing in diffusers.
-IDLE: dict[str, tuple[Any, ...]] = dict.fromkeys(("ip_adapter_image", "ip_adapter_image_embeds"), (None,))
+IDLE: dict[str, tuple[Any, ...]] = dict.fromkeys(
+    ("ip_adapter_image", "ip_adapter_image_embeds", "padding_mask_crop", "denoising_start"), (None,)
+)
 
 
 @dataclass(kw_only=True)
@@ -54,7 +56,7 @@ class Asked:
         older = {name: others[name] for name in ("callback", "callback_steps") if others.get(name) is not None}
         left = {name: value for name, value in others.items() if name not in ("callback", "callback_steps")}
         accept(call, left, {}, [name for name in given if name not in ("self", "kwargs")])
-        accept(call, {name: given[name] for name in IDLE}, IDLE, [])
+        accept(call, {name: given[name] for name in IDLE if name in given}, IDLE, [])
         return cls(**{name: given[name] for name in names if name in given}, **older)
 
 

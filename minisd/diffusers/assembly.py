@@ -134,6 +134,7 @@ class Assembly(Parts, StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixi
     _optional_components: ClassVar[tuple[str, ...]] = ABSENT
     _parts: ClassVar[tuple[str, ...]] = PARTS
     _absent: ClassVar[tuple[str, ...]] = ABSENT
+    _paddings: ClassVar[dict[str, str | None]] = {"tokenizer": None}  # tokenizer -> its padding, None: the model's own
     _usual_scheduler = "PNDMScheduler"  # of a single file that does not say
     _networks: ClassVar[dict[str, type[Network]]] = NETWORKS
 
@@ -236,12 +237,15 @@ class Assembly(Parts, StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixi
             for name, kind in cls._networks.items()
             if name not in given
         }
-        tokenizer = given.get("tokenizer") or CLIPTokenizer(read_tokenizer(checkpoint))
-        return {**parts, "tokenizer": tokenizer, **cls._beside(checkpoint, tokenizer)}
+        if wanted := {name: padding for name, padding in cls._paddings.items() if name not in given}:
+            words = read_tokenizer(checkpoint)
+            for name, padding in wanted.items():
+                parts[name] = CLIPTokenizer(words.padded_with(padding) if padding else words)
+        return {**parts, **cls._settings(checkpoint)}
 
     @classmethod
-    def _beside(cls, checkpoint: Checkpoint, tokenizer: CLIPTokenizer) -> dict[str, Any]:
-        """What a pipeline of more parts is made of besides."""
+    def _settings(cls, checkpoint: Checkpoint) -> dict[str, Any]:
+        """What a pipeline is told besides its parts."""
         return {}
 
     @classmethod

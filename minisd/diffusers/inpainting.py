@@ -11,7 +11,6 @@ from torch import Tensor
 
 from minisd.diffusers.arguments import Asked, Run, check_strength, enough, repeated
 from minisd.diffusers.image_processor import VaeImageProcessor, check_output_type
-from minisd.diffusers.refusing import accept
 from minisd.diffusers.text_to_image import StableDiffusionPipeline
 from minisd.noise import Generators, draw_noise
 from minisd.sampling import Step
@@ -72,7 +71,6 @@ class StableDiffusionInpaintPipeline(StableDiffusionPipeline):
         impossible settings and NotCoveredError for unknown ones.
         """
         asked, batch = self._understand(locals())
-        accept(type(self).__name__, {"padding_mask_crop": padding_mask_crop}, {"padding_mask_crop": (None,)}, [])
         own = self._own_size()
         size = height or own[0], width or own[1]
         state, run = self._encoded(prompt, asked), self._first_step(num_inference_steps, asked, strength)

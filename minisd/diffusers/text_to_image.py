@@ -138,10 +138,7 @@ class StableDiffusionPipeline(Assembly):
         """(B, 77, D), the last layer's output or, `clip_skip` layers earlier, another's; the final norm applied."""
         tokenizer, encoder = self.tokenizer, self.text_encoder
         # In the program's prompt a token that was learnt as several vectors is one word.
-        spelt = [tokenizer.core.spelt_out(prompt) for prompt in prompts]
-        ids = tokenizer(
-            spelt, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-        ).input_ids.to(encoder.device)
+        ids = ids_of(tokenizer, [tokenizer.core.spelt_out(prompt) for prompt in prompts]).to(encoder.device)
         if clip_skip is None:
             return encoder(ids)[0]
         states = encoder(ids, output_hidden_states=True).hidden_states
@@ -359,6 +356,15 @@ class StableDiffusionPipeline(Assembly):
         else:
             latents = sampled(self.vae.encode(images), generator)
         return self.vae.config.scaling_factor * latents
+
+
+def ids_of(tokenizer: Any, texts: list[str]) -> Tensor:
+    """Texts (B of them) -> ids (B, 77), padded and cut off."""
+    length = tokenizer.model_max_length
+    ids: Tensor = tokenizer(
+        texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).input_ids
+    return ids
 
 
 def sampled(encoded: Any, generator: Any) -> Tensor:

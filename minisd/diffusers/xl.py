@@ -19,8 +19,7 @@ from minisd.diffusers.models.network import Network
 from minisd.diffusers.outputs import Output
 from minisd.diffusers.refusing import accept, parameters
 from minisd.diffusers.text_encoder import CLIPTextModelWithProjection
-from minisd.diffusers.text_to_image import StableDiffusionPipeline
-from minisd.diffusers.tokenizer import CLIPTokenizer
+from minisd.diffusers.text_to_image import StableDiffusionPipeline, ids_of
 from minisd.files import read_json_object
 from minisd.noise import Generators, draw_noise
 from minisd.sampling import Step
@@ -37,6 +36,7 @@ class StableDiffusionXLPipeline(StableDiffusionPipeline):
     _parts = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler")
     _absent = ("image_encoder", "feature_extractor")
     _networks: ClassVar[dict[str, type[Network]]] = {**NETWORKS, "text_encoder_2": CLIPTextModelWithProjection}
+    _paddings: ClassVar[dict[str, str | None]] = {"tokenizer": None, "tokenizer_2": "!"}
     _usual_scheduler = "EulerDiscreteScheduler"
     _corrections: ClassVar[dict[str, Any]] = {}
     _callback_tensor_inputs: ClassVar[tuple[str, ...]] = (
@@ -75,10 +75,10 @@ class StableDiffusionXLPipeline(StableDiffusionPipeline):
         return super().from_pretrained(pretrained_model_name_or_path, *args, **others)
 
     @classmethod
-    def _beside(cls, checkpoint: Checkpoint, tokenizer: CLIPTokenizer) -> dict[str, Any]:
+    def _settings(cls, checkpoint: Checkpoint) -> dict[str, Any]:
         index = checkpoint.path / "model_index.json"
         stated = read_json_object(index) if index.exists() else {}
-        return {"tokenizer_2": CLIPTokenizer(tokenizer.core.padded_with("!")), ZEROS: stated.get(ZEROS, True)}
+        return {ZEROS: stated.get(ZEROS, True)}
 
     # ------------------------------------------------ text
 
@@ -131,14 +131,8 @@ class StableDiffusionXLPipeline(StableDiffusionPipeline):
         states, pooled = [], None
         both = (self.tokenizer, self.text_encoder, texts), (self.tokenizer_2, self.text_encoder_2, other or texts)
         for tokenizer, encoder, wanted in both:
-            ids = tokenizer(
-                [wanted] * len(texts) if isinstance(wanted, str) else wanted,
-                padding="max_length",
-                max_length=tokenizer.model_max_length,
-                truncation=True,
-                return_tensors="pt",
-            ).input_ids.to(encoder.device)
-            encoded = encoder(ids, output_hidden_states=True)
+            several = [wanted] * len(texts) if isinstance(wanted, str) else wanted
+            encoded = encoder(ids_of(tokenizer, several).to(encoder.device), output_hidden_states=True)
             states.append(encoded.hidden_states[-2 - (clip_skip or 0)])
             pooled = encoded[0]
         assert pooled is not None
@@ -307,7 +301,6 @@ class StableDiffusionXLImg2ImgPipeline(StableDiffusionXLPipeline, StableDiffusio
         The negative prompt's sizes are the prompt's unless given, and its crop's corner is the prompt's.
         `denoising_start`, for a refiner, is not covered.
         """
-        accept(type(self).__name__, {"denoising_start": denoising_start}, {"denoising_start": (None,)}, [])
         asked, batch = self._understand(locals())
         self._guidance_rescale = guidance_rescale
         pixels = self.image_processor.preprocess(image).to(device=self.device, dtype=self.unet.dtype)
@@ -372,10 +365,6 @@ class StableDiffusionXLInpaintPipeline(StableDiffusionXLPipeline, StableDiffusio
         **kwargs: Any,
     ) -> Any:
         """Generate `prompt` in `image` where `mask_image` is white: `.images`. See `StableDiffusionInpaintPipeline`."""
-        idle = {"denoising_start": (None,), "padding_mask_crop": (None,)}
-        accept(
-            type(self).__name__, {"denoising_start": denoising_start, "padding_mask_crop": padding_mask_crop}, idle, []
-        )
         asked, batch = self._understand(locals())
         self._guidance_rescale = guidance_rescale
         own = self._own_size()

@@ -14,7 +14,6 @@ from torch import Tensor
 from minisd.noise import Generators
 from minisd.pipeline import StableDiffusion, to_pictures
 from minisd.sampling import Step
-from minisd.vae import VAE
 from minisd.warn import check_finite, warn
 
 
@@ -59,7 +58,7 @@ def encode_pictures(sd: StableDiffusion, images: Tensor, count: int, generator: 
     copies, left = divmod(count, len(images))
     if left or not copies:
         raise ValueError(f"image: {len(images)} given; must be one, or one for each prompt")
-    images = images.to(sd.device, dtype_of(sd.vae))
+    images = images.to(sd.device, sd.vae_dtype)
     if not isinstance(generator, Sequence):
         # `cat` keeps the encoder's layout in memory, by which torch chooses kernels, and with them the rounding.
         drawn = sd.vae.encode(images).sample(generator).split(1)
@@ -73,15 +72,10 @@ def encode_pictures(sd: StableDiffusion, images: Tensor, count: int, generator: 
     return (sd.vae.scaling_factor * latents).to(sd.dtype)
 
 
-def dtype_of(vae: VAE) -> torch.dtype:
-    """SDXL's may be another than its UNet's."""
-    return next(vae.parameters()).dtype
-
-
 @torch.no_grad()
 def mean_latents(sd: StableDiffusion, images: Tensor) -> Tensor:
     """Images (n, 3, H, W) -> scaled latents (n, 4, H/8, W/8), nothing drawn: the middle of the VAE's Gaussian."""
-    latents = sd.vae.encode(images.to(sd.device, dtype_of(sd.vae))).mode()
+    latents = sd.vae.encode(images.to(sd.device, sd.vae_dtype)).mode()
     check_finite(latents, "latents out of the VAE's encoder")
     return (sd.vae.scaling_factor * latents).to(sd.dtype)
 

@@ -13,7 +13,7 @@ from minisd import SD15
 from minisd.checkpoint.survey import survey
 from minisd.checkpoint.tokenizer_files import write_folder
 from minisd.tokenizer import CLIPTokenizer
-from tests.parity.reference import reference_text_encoder, reference_unet, reference_vae
+from tests.parity.reference import reference_text_encoder, reference_unet, reference_vae, write_lora_by_hand
 
 CROSS = "middle.0.attention.cross_attn"
 PREFIX = "cond_stage_model.model."
@@ -127,12 +127,7 @@ def test_lora(twin2, tmp_path):
         "lora_te_text_model_encoder_layers_22_self_attn_v_proj": "text_encoder.layers.22.self_attn.v.weight",
     }
     sd, changed = (minisd.StableDiffusion.load(twin2[1]) for _ in range(2))
-    tensors, state = {}, changed.state()
-    for name, ours in names.items():
-        down, up = torch.randn(2, state[ours].shape[1]), torch.randn(state[ours].shape[0], 2)
-        tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(2.0)}
-        state[ours].copy_(state[ours] + up @ down)
-    save_file(tensors, tmp_path / "lora.safetensors")
+    write_lora_by_hand(names, changed, tmp_path / "lora.safetensors")
     plain = picture_of(sd)
     sd.load_lora(tmp_path / "lora.safetensors")
     assert not np.array_equal(picture_of(sd), plain)

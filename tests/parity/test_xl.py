@@ -29,7 +29,7 @@ from minisd.pipeline import to_pictures
 from minisd.tasks import compose, finish, image_to_image, invert, mean_latents, reconstruct, to_images
 from minisd.tokenizer import CLIPTokenizer
 from minisd.xl import refine
-from tests.parity.reference import reference_text_encoder, reference_unet, reference_vae, shake
+from tests.parity.reference import reference_text_encoder, reference_unet, reference_vae, shake, write_lora_by_hand
 
 POOLED, NUMBERS = 192, 256  # OpenCLIP's projection is square
 SECOND = "conditioner.embedders.1.model"
@@ -85,8 +85,8 @@ def twin_xl(tmp_path_factory):
     return loaded(root / "model"), root / "model"
 
 
-def loaded(folder):
-    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
+def loaded(folder, kind=StableDiffusionXLPipeline):
+    pipeline = kind.from_pretrained(folder, add_watermarker=False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -200,12 +200,7 @@ def test_lora(twin_xl, tmp_path):
         "lora_te2_text_model_encoder_layers_4_self_attn_v_proj": "text_encoder_2.layers.4.self_attn.v.weight",
     }
     sd, changed = (minisd.StableDiffusion.load(twin_xl[1]) for _ in range(2))
-    tensors, state = {}, changed.state()
-    for name, ours in names.items():
-        down, up = torch.randn(2, state[ours].shape[1]), torch.randn(state[ours].shape[0], 2)
-        tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(2.0)}
-        state[ours].copy_(state[ours] + up @ down)
-    save_file(tensors, tmp_path / "lora.safetensors")
+    write_lora_by_hand(names, changed, tmp_path / "lora.safetensors")
     plain = mine(sd)
     sd.load_lora(tmp_path / "lora.safetensors")
     assert not np.array_equal(mine(sd), plain)
@@ -375,13 +370,7 @@ def refiner(twin_xl, tmp_path_factory):
         add_watermarker=False,
     )
     pipeline.save_pretrained(root / "model")
-    return reloaded(root / "model"), root / "model"
-
-
-def reloaded(folder):
-    pipeline = StableDiffusionXLImg2ImgPipeline.from_pretrained(folder, add_watermarker=False)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return loaded(root / "model", StableDiffusionXLImg2ImgPipeline), root / "model"
 
 
 def test_refiner_alone(refiner, tmp_path):
@@ -402,7 +391,9 @@ def test_refiner_in_files(refiner, tmp_path):
     pipeline, folder = refiner
     sd, case = minisd.StableDiffusion.load(folder), {"image": picture(), "strength": 0.9}
     sd.save(tmp_path / "model")
-    assert np.array_equal(theirs(reloaded(tmp_path / "model"), **case), theirs(pipeline, **case))
+    assert np.array_equal(
+        theirs(loaded(tmp_path / "model", StableDiffusionXLImg2ImgPipeline), **case), theirs(pipeline, **case)
+    )
     sd.save(tmp_path / "file.safetensors", layout="compvis")
     save_file(load_file(tmp_path / "file.safetensors"), tmp_path / "published.safetensors")
     assert "conditioner.embedders.0.model.text_projection" in load_file(tmp_path / "published.safetensors")
@@ -411,7 +402,7 @@ def test_refiner_in_files(refiner, tmp_path):
     assert all(torch.equal(single.state()[name], weight) for name, weight in sd.state().items())
     assert inspect(tmp_path / "published.safetensors").what == "Stable Diffusion XL, refiner"
     convert(tmp_path / "published.safetensors", tmp_path / "folder")
-    again = reloaded(tmp_path / "folder")
+    again = loaded(tmp_path / "folder", StableDiffusionXLImg2ImgPipeline)
     for part in ("unet", "vae", "text_encoder_2"):
         weights, before = getattr(again, part).state_dict(), getattr(pipeline, part).state_dict()
         assert weights.keys() == before.keys() and all(torch.equal(weights[name], before[name]) for name in before)

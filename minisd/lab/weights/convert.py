@@ -173,7 +173,7 @@ def plan_model(wanted: Conversion, target: Path, layout: str) -> Job:
         checkpoint.components[name] = open_alone(wanted.take[name], name, weights=wanted.weights)
     check_parts(checkpoint)
     parts = checkpoint.components
-    prefix = prefixes({name: part.config for name, part in parts.items()})
+    prefix = prefixes(vars(checkpoint.config))
     entries = {name: rename(part, layout, prefix[name], wanted.dtype) for name, part in parts.items()}
     beside, metadata = (None, {}) if wanted.lean else leftovers.beside(checkpoint)
     spare = [copied(beside, name, name, info.shape) for name, info in beside.tensors.items()] if beside else []

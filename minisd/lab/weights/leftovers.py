@@ -37,8 +37,7 @@ def beside(checkpoint: Checkpoint) -> tuple[Files | None, dict[str, str]]:
     files = checkpoint.survey.sets[""]
     parts = checkpoint.components.values()
     gone = {name for part in parts for name in part.match.used}
-    keys = model_keys(checkpoint.config)
-    prefix = prefixes({name: part.config for name, part in checkpoint.components.items()})
+    keys, prefix = model_keys(checkpoint.config), prefixes(vars(checkpoint.config))
     gone |= {prefix[component] + key.compvis for component, rows in keys.items() for key in rows}
     if any(part.match.scales for part in parts):
         gone |= {name for name in files.tensors if ignorable(name) == "8-bit settings"}
